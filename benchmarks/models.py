@@ -1,0 +1,126 @@
+"""Networks that the benchmarks compress: plain definitions and their weights.
+
+In: the number of classes and of input channels. Out: an untrained `nn.Sequential` whose
+parameter names (`features.N`, `classifier.N`) are those of the stored checkpoints, and
+`load_weights`, which fills such a network from a safetensors file.
+
+VGG-16 is the network of Simonyan and Zisserman, *Very deep convolutional networks for
+large-scale image recognition* (arXiv 1409.1556, configuration D), in the form that is usual
+for 32x32 images: batch normalisation after each convolution, and a small classifier on the
+one remaining position.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from slr_gpu.errors import InputError, complain
+
+POOL = "pool"
+VGG16_FEATURES = (
+    64, 64, POOL,
+    128, 128, POOL,
+    256, 256, 256, POOL,
+    512, 512, 512, POOL,
+    512, 512, 512, POOL,
+)  # fmt: skip
+
+
+def vgg16(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
+    """VGG-16 with batch normalisation for images of 32x32 pixels.
+
+    Parameters
+    ----------
+    num_classes : int
+        Outputs of the last linear layer.
+    in_channels : int
+        Channels of the input images.
+
+    Returns
+    -------
+    nn.Sequential
+        Maps (N, in_channels, 32, 32) to logits (N, num_classes). 15.2 million parameters in
+        13 convolutions (3x3, without bias, because the normalisation that follows has one)
+        and 3 linear layers. In training mode, with PyTorch's default initialisation.
+    """
+    features: list[nn.Module] = []
+    channels = in_channels
+    for width in VGG16_FEATURES:
+        if width == POOL:
+            features.append(nn.MaxPool2d(2))
+            continue
+        features += [
+            nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        channels = width
+
+    # Five poolings leave one position of a 32x32 image, so the classifier reads `channels`.
+    classifier = [
+        nn.Flatten(),
+        nn.Linear(channels, 512),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(512, 512),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(512, num_classes),
+    ]
+    return nn.Sequential(
+        OrderedDict(
+            features=nn.Sequential(*features),
+            classifier=nn.Sequential(*classifier),
+        )
+    )
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Fill a model from a safetensors file; every name and shape must match.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place. Its own precision is kept: half-precision weights in the file
+        become float32 in a float32 model.
+    path : str or Path
+        File with one tensor per entry of the model's `state_dict`. The counters
+        `num_batches_tracked` of batch normalisation may be absent.
+
+    Returns
+    -------
+    nn.Module
+        The same model, in evaluation mode.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, is not safetensors, or belongs to another network.
+    """
+    path = Path(path)
+    make_one = "Make one with `python -m benchmarks.train_fashion_mnist --out FILE`."
+    if not path.is_file():
+        raise InputError(complain(f"no file at {path}", "a safetensors checkpoint", make_one))
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise InputError(
+            complain(f"{path}, which does not parse ({error})", "a safetensors file", make_one)
+        ) from error
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise InputError(
+            complain(
+                f"weights in {path} that do not fit the model ({error})",
+                "the names and shapes of its state_dict",
+                "Build the network that the file was saved from, with as many classes and "
+                "input channels.",
+            )
+        ) from error
+    return model.eval()

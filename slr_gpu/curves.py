@@ -1,0 +1,313 @@
+"""How small the error of a layer can be at a given cost: closed-form curves over (form, r, s, k).
+
+In: a `ResponseProblem` and a `LayerBudget`. Out: `Candidate`s, best first, each with everything a
+solver needs to start (DESIGN 2 and 3). With F = T L the whitened target of the linear problem in
+the rotated basis, in the order of the basis, one factorisation answers for every r and s:
+
+    error(r, s, k) = E_0 - ||F[:, :r taps]||^2 + sum_{i > k} lambda_i(F_c F_cᵀ),
+    F_c = F[:, s taps : r taps],
+
+because the factor of leading columns is the leading block of L, and its trailing block is the
+factor of the Schur complement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .decomposition import FORMS, Structure
+from .errors import BudgetError, complain
+from .problem import ResponseProblem
+from .support import Support, SupportSearch, group_size
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """Costs that a layer may not exceed, all at once.
+
+    Attributes
+    ----------
+    n, channels, taps : int
+        Outputs, input channels and kernel taps of the layer.
+    limits : tuple of (basis_weight, weights)
+        At most so many weights (multiply-adds per output position), with the basis counted
+        `basis_weight` times: 1 for parameters, input positions over output positions for FLOPs.
+    multiple : int
+        r, s (channels) and k are multiples of this where the layer is wide enough.
+    """
+
+    n: int
+    channels: int
+    taps: int
+    limits: tuple[tuple[float, float], ...]
+    multiple: int = 1
+
+    def fits(self, structure: Structure) -> bool:
+        return all(
+            structure.cost(self.n, self.channels, self.taps, weight) <= limit
+            for weight, limit in self.limits
+        )
+
+    def largest_rank(self, form: str, s: int, r: int | None = None) -> int:
+        """Largest k within the budget; -1 when even k = 0 is over it."""
+        empty, one = Structure(form, s, 0, r), Structure(form, s, 1, r)
+        shape = (self.n, self.channels, self.taps)
+        width = (self.channels if r is None else r) * self.taps
+        rest = width - s * (1 if form == "columns" else self.taps)
+        k = min(self.n, rest)
+        for weight, limit in self.limits:
+            fixed = empty.cost(*shape, weight)
+            if fixed > limit:
+                return -1
+            if rest:
+                k = min(k, int((limit - fixed) / (one.cost(*shape, weight) - fixed)))
+        return k - k % self.step(k) if rest else 0
+
+    def step(self, size: int) -> int:
+        """The multiple to round a dimension of about this size to."""
+        return self.multiple if size >= 4 * self.multiple else 1
+
+    def smallest(self) -> float:
+        """Smallest cost that any structure has, as the keep fraction of a dense layer."""
+        rank_one = self.n + self.channels * self.taps
+        return min(1.0, rank_one / (self.n * self.channels * self.taps))
+
+
+def largest_basis(budget: LayerBudget) -> int:
+    """Largest r within the budget that leaves room for a part behind it; 0 when there is none."""
+    rows = range(budget.channels, 0, -1)
+    return next((r for r in rows if budget.largest_rank("rotated", 0, r) >= 1), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A structure at its closed-form best.
+
+    Attributes
+    ----------
+    structure : Structure
+    error : float
+        Linear error relative to the energy of the centred responses.
+    problem : ResponseProblem
+        In the coordinates of the structure's basis.
+    support : array or None
+        Kept columns, for the forms without a basis.
+    """
+
+    structure: Structure
+    error: float
+    problem: ResponseProblem
+    support: Array | None = None
+
+
+def rotation(problem: ResponseProblem) -> Array:
+    """An orthogonal (c, c) basis of the input channels, ordered by what the layer responds to.
+
+    The rows span, for every r, the best r-dimensional input projection of the weight over
+    channels in the metric of the channel Gram (taps averaged): with C = R Rᵀ the mean over taps
+    of G's channel blocks and W (n * taps, c), the leading right singular vectors of W R, brought
+    back by R⁻¹ and orthonormalised in order.
+    """
+    xp = problem.ops.xp
+    c, taps = problem.channels, problem.taps
+    C = xp.einsum("itjt->ij", problem.G.reshape(c, taps, c, taps)) / taps
+    R = xp.linalg.cholesky(C)
+    over_channels = problem.target.reshape(-1, c, taps).transpose(0, 2, 1).reshape(-1, c)
+    weighted = over_channels @ R
+    right = xp.linalg.eigh(weighted.T @ weighted)[1][:, ::-1]
+    solve = problem.ops.scipy.linalg.solve_triangular
+    rows = solve(R, right, lower=True, trans=1, check_finite=False)  # columns: R^-T v
+    Q = xp.linalg.qr(rows)[0]
+    Q = Q * xp.sign(Q[xp.argmax(xp.abs(Q), axis=0), xp.arange(c)])
+    return Q.T
+
+
+class RotatedCurve:
+    """Errors of the rotated form over (r, s, k), from one factorisation.
+
+    Parameters
+    ----------
+    problem : ResponseProblem
+        In the layer's own coordinates.
+    rows : int, optional
+        Largest r of interest; less work when it is below c.
+    basis : array, (c, c), optional
+        Defaults to `rotation`.
+    """
+
+    def __init__(
+        self, problem: ResponseProblem, rows: int | None = None, basis: Array | None = None
+    ) -> None:
+        basis = rotation(problem) if basis is None else basis
+        self.problem = problem.in_basis(basis[:rows])
+        xp = problem.ops.xp
+        self.F = self.problem.metric.whiten(self.problem.start_rhs)
+        energy = xp.square(self.F).sum(axis=0).reshape(-1, problem.taps).sum(axis=1)
+        self.energy = problem.ops.to_numpy(xp.concatenate([xp.zeros(1), xp.cumsum(energy)]))
+        self._spectra: dict[tuple[int, int], Any] = {}
+
+    def spectrum(self, r: int, s: int) -> Any:
+        """Cumulative sums of the eigenvalues of ``F_c F_cᵀ``, descending, from zero."""
+        if (r, s) not in self._spectra:
+            xp, taps = self.problem.ops.xp, self.problem.taps
+            part = self.F[:, s * taps : r * taps]
+            gram = part @ part.T if len(part) <= part.shape[1] else part.T @ part
+            if len(gram):
+                values = self.problem.ops.to_numpy(xp.linalg.eigvalsh(gram))[::-1]
+            else:
+                values = self.problem.ops.to_numpy(xp.zeros(0))
+            self._spectra[r, s] = values.clip(min=0)
+        return self._spectra[r, s]
+
+    def error(self, structure: Structure) -> float:
+        """Linear error of a structure, relative to the energy of the responses."""
+        r, s, k = structure.r, structure.s, structure.k
+        tail = float(self.spectrum(r, s)[k:].sum()) if r > s else 0.0
+        energy = self.problem.linear_energy
+        return (energy - float(self.energy[r]) + tail) / max(energy, 1e-30)
+
+    def best(self, budget: LayerBudget, *, grid: int = 8) -> list[tuple[float, Structure]]:
+        """Structures within the budget by error: a coarse grid over (r, s / r), then refinement.
+
+        k is always the largest that fits. Returned best first; among them are the best with
+        s = 0 (Tucker-2) and the best with k = 0 (an input projection alone), where they fit.
+        """
+        found: dict[tuple[int, int], tuple[float, Structure]] = {}
+        largest = min(largest_basis(budget), self.problem.groups)
+
+        def look(r: float, s: float) -> None:
+            r = min(max(int(round(r)), 1), largest)
+            r = max(r - r % budget.step(r), 1)
+            s = min(max(int(round(s)), 0), r)
+            s -= s % budget.step(s)
+            if (r, s) in found:
+                return
+            k = budget.largest_rank("rotated", s, r)
+            if k > 0 or (k == 0 and s > 0):
+                structure = Structure("rotated", s, k, r)
+                found[r, s] = (self.error(structure), structure)
+
+        for i in range(grid):
+            r = largest * ((i + 1) / grid) ** 1.5
+            for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+                look(r, share * r)
+        if not found:
+            return []
+        step_r, step_s = largest / (2 * grid), 0.125
+        while step_r >= max(1.0, budget.multiple / 2) and step_s > 0.02:
+            r, s = min(found.values(), key=lambda pair: pair[0])[1].r, None
+            s = min(found.values(), key=lambda pair: pair[0])[1].s
+            for dr in (-step_r, 0.0, step_r):
+                for ds in (-step_s, 0.0, step_s):
+                    look(r + dr, (s / r + ds) * (r + dr))
+            step_r, step_s = step_r / 2, step_s / 2
+        return sorted(found.values(), key=lambda pair: pair[0])
+
+
+def candidates(
+    problem: ResponseProblem,
+    budget: LayerBudget,
+    *,
+    form: str = "auto",
+    shares: tuple[float, ...] = (0.0, 0.5, 0.7, 0.85, 1.0),
+    rounds: int = 4,
+) -> list[Candidate]:
+    """The best structures within a budget by their linear error, best first.
+
+    Parameters
+    ----------
+    problem : ResponseProblem
+        In the layer's own coordinates.
+    budget : LayerBudget
+    form : {"auto", "columns", "channels", "rotated"}
+        ``auto`` takes the best of each form; linear layers have no ``rotated``, and their
+        channels are their columns.
+    shares : tuple of float
+        Shares of the budget to spend on A that are tried for the forms without a basis.
+    rounds : int
+        Exchange rounds of the support.
+
+    Raises
+    ------
+    BudgetError
+        When nothing fits; the message names the smallest keep that would.
+    """
+    found: list[Candidate] = []
+    spatial = problem.taps > 1
+    if form in ("auto", "rotated") and spatial:
+        found += _rotated(problem, budget)
+    if form == "columns" or (form == "auto" and (spatial or problem.channels > 1)):
+        found += _supported(problem, budget, "columns", shares, rounds)
+    if form == "channels" or (form == "auto" and spatial):
+        found += _supported(problem, budget, "channels", shares, rounds)
+    if not found:
+        raise BudgetError(
+            complain(
+                f"a budget of {min(limit for _, limit in budget.limits):.0f} weights for a layer"
+                f" ({budget.n}, {budget.channels}, {budget.taps} taps)",
+                f"keep of at least {budget.smallest():.3g}",
+                "Raise keep, or leave the layer out.",
+            )
+        )
+    return sorted(found, key=lambda candidate: candidate.error)
+
+
+def _rotated(problem: ResponseProblem, budget: LayerBudget) -> list[Candidate]:
+    largest = largest_basis(budget)
+    if not largest:
+        return []
+    curve = RotatedCurve(problem, largest)
+    ranked = curve.best(budget)
+    chosen = ranked[:1]
+    chosen += [pair for pair in ranked if pair[1].s == 0][:1]
+    chosen += [pair for pair in ranked if pair[1].k == 0][:1]
+    unique = dict((pair[1], pair) for pair in chosen).values()
+    return [Candidate(s, error, curve.problem.truncated(s.r)) for error, s in unique]
+
+
+def _supported(
+    problem: ResponseProblem,
+    budget: LayerBudget,
+    form: str,
+    shares: tuple[float, ...],
+    rounds: int,
+) -> list[Candidate]:
+    """Best split between A and U V for a form without a basis.
+
+    The split is found without exchange rounds; only the best one is then improved.
+    """
+    search = SupportSearch(problem, group_size(form, problem.taps))
+    limit = min(limit for _, limit in budget.limits)
+    tried: dict[int, tuple[Support, Structure]] = {}
+    for share in shares:
+        s = min(int(share * limit / (problem.n * search.size)), search.groups)
+        s -= s % budget.step(s)
+        k = budget.largest_rank(form, s)
+        if s in tried or k < 0 or (k == 0 and s == 0):
+            continue
+        tried[s] = (search.first(s, k, steps=2), Structure(form, s, k))
+    if not tried:
+        return []
+    support, structure = min(tried.values(), key=lambda pair: pair[0].error)
+    support = search.exchange(support, structure.k, rounds)
+    error = support.error / max(problem.linear_energy, 1e-30)
+    return [Candidate(structure, error, problem, support.columns)]
+
+
+def check_form(form: str, spatial: bool) -> None:
+    """InputError for a form that does not exist or does not apply."""
+    if form not in (*FORMS, "auto"):
+        raise BudgetError(
+            complain(f"form={form!r}", f"one of auto, {', '.join(FORMS)}", "Use form='auto'.")
+        )
+    if form == "rotated" and not spatial:
+        raise BudgetError(
+            complain(
+                "form='rotated' for a layer without a spatial kernel",
+                "a convolution with more than one tap",
+                "Use form='auto'.",
+            )
+        )

@@ -1,0 +1,279 @@
+"""Decompose one layer: choose a structure within the budget, then minimise the response error.
+
+In: a `LayerIO` and what is asked for, as a budget (problem (2) of Ma et al. 2018) or as penalties
+(problem (3)). Out: a `Decomposition`. The structure comes from the closed-form curves of
+`slr_gpu.curves` and from held-out rows; the factors from a solver.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from . import activations
+from .curves import Candidate, LayerBudget, candidates, check_form
+from .decomposition import Decomposition, Structure
+from .errors import InputError, complain
+from .layer_io import LayerIO
+from .ops import get_ops
+from .problem import ResponseProblem
+from .solvers.admm import ADMM
+from .solvers.majorize import Majorize
+from .support import select_support
+
+Array = Any
+
+# Ridges that are tried on held-out rows, as fractions of the mean diagonal of the Gram matrix.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def fit(
+    layer_io: LayerIO,
+    *,
+    keep: float | None = None,
+    columns: int | None = None,
+    channels: int | None = None,
+    basis_rows: int | None = None,
+    rank: int | None = None,
+    lambda1: float | None = None,
+    lambda2: float | None = None,
+    relative: bool = False,
+    budget: LayerBudget | None = None,
+    form: str = "auto",
+    solver: Any = None,
+    objective: str = "activation",
+    ridge: float | str = "auto",
+    held_out: float = 0.1,
+    device: str = "cpu",
+) -> Decomposition:
+    """Replace a layer's weight by a column-sparse part A plus a low-rank part U V.
+
+    Ask in one of three ways:
+
+    - ``keep=0.25``: this fraction of the layer's weights; the split between A and U V (and the
+      basis) is chosen, see `form`.
+    - ``columns=`` or ``channels=`` and ``rank=``: problem (2), exactly these. With
+      ``basis_rows=``, `channels` counts rotated channels.
+    - ``lambda1=`` and ``lambda2=``: problem (3), penalties on ``||A||_{2,1}`` and ``||B||_*``,
+      solved by `ADMM`.
+
+    Parameters
+    ----------
+    layer_io : LayerIO
+    keep : float
+        In (0, 1].
+    columns, channels, rank, basis_rows : int
+        Kept columns, or kept input channels; rank of U V; rows of the input basis.
+    lambda1, lambda2 : float
+        Penalties; with ``relative=True`` fractions of the critical weights, above which A or B
+        vanishes.
+    budget : LayerBudget
+        Instead of `keep`, where costs are not plain parameters.
+    form : {"auto", "columns", "channels", "rotated"}
+        See `Decomposition`. ``auto`` keeps the form with the least held-out error.
+    solver : Majorize or ADMM, optional
+        Defaults to `Majorize` for budgets and `ADMM` for penalties.
+    objective : {"activation", "linear"}
+        Whether errors count after the layer's activation or before it.
+    ridge : float or "auto"
+        Pull towards the original weight, as a fraction of the mean diagonal of the Gram matrix;
+        ``auto`` chooses on held-out rows.
+    held_out : float
+        Fraction of rows that is never fitted and decides between structures.
+    device : str
+        ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"auto"``.
+
+    Returns
+    -------
+    Decomposition
+
+    Raises
+    ------
+    InputError
+        For arguments out of range or that do not go together.
+    BudgetError
+        When no structure fits the budget.
+    BackendError
+        When the device does not work.
+
+    References
+    ----------
+    Ma et al. 2018, arXiv 1807.10119, problems (2) and (3).
+    """
+    request = _check_request(
+        layer_io, keep, columns, channels, basis_rows, rank, lambda1, lambda2, budget, form
+    )
+    if objective not in ("activation", "linear"):
+        raise InputError(
+            complain(f"objective={objective!r}", "'activation' or 'linear'", "Check the spelling.")
+        )
+    if solver is None:
+        solver = ADMM() if request == "penalties" else Majorize()
+    activation = activations.get("identity") if objective == "linear" else None
+    problem = ResponseProblem(
+        layer_io,
+        ops=get_ops(device),
+        ridge=1e-3 if ridge == "auto" else ridge,
+        held_out=held_out,
+        activation=activation,
+    )
+    choose_ridge = ridge == "auto" and len(problem.Xh) > 0
+    if request == "penalties":
+        return _fit_penalties(problem, solver, lambda1, lambda2, relative, form)
+    if request == "sizes":
+        chosen = _sized(problem, columns, channels, basis_rows, rank)
+    else:
+        chosen = _searched(problem, layer_io, keep, budget, form)
+    if choose_ridge:
+        chosen = _best_ridge(chosen)
+    return _solve(solver, chosen)
+
+
+def _solve(solver: Any, chosen: Candidate) -> Decomposition:
+    """Run the solver; for smooth activations keep the linear fit where it does better."""
+    support = None if solver.chooses_support else chosen.support
+    result = solver.solve(chosen.problem, chosen.structure, support)
+    activation = chosen.problem.activation
+    if activation.exact or not len(chosen.problem.Xh):
+        return result
+    linear = Majorize(iterations=0).solve(chosen.problem, chosen.structure, chosen.support)
+    if linear.held_out_error <= result.held_out_error:
+        note = f"linear fit: looking through {activation.name} did not help"
+        return linear.replace(notes=(*linear.notes, note))
+    return result
+
+
+def _fit_penalties(
+    problem: ResponseProblem,
+    solver: Any,
+    lambda1: float,
+    lambda2: float,
+    relative: bool,
+    form: str,
+) -> Decomposition:
+    if not isinstance(solver, ADMM):
+        raise InputError(
+            complain(
+                f"lambda1 and lambda2 with {type(solver).__name__}",
+                "the ADMM solver for penalties",
+                "Leave solver out, or ask with keep=.",
+            )
+        )
+    solver = solver.with_penalties(lambda1, lambda2, relative=relative)
+    return solver.solve(problem, form="channels" if form == "channels" else "columns")
+
+
+def _check_request(
+    layer_io, keep, columns, channels, basis_rows, rank, lambda1, lambda2, budget, form
+) -> str:
+    """Which of the three ways was used; InputError unless it is exactly one, and in range."""
+    n, m = layer_io.weight.shape
+    c, taps = layer_io.channels, layer_io.taps
+    check_form(form, taps > 1)
+    sizes = {"columns": columns, "channels": channels, "basis_rows": basis_rows, "rank": rank}
+    ways = {
+        "keep": keep is not None or budget is not None,
+        "sizes": any(size is not None for size in sizes.values()),
+        "penalties": lambda1 is not None or lambda2 is not None,
+    }
+    used = [name for name, asked in ways.items() if asked]
+    if len(used) != 1:
+        raise InputError(
+            complain(
+                " and ".join(used) or "no budget",
+                "exactly one of keep=, columns=/channels=/rank=, lambda1=/lambda2=",
+                "For example fit(layer_io, keep=0.25).",
+            )
+        )
+    if keep is not None and not (isinstance(keep, numbers.Real) and 0 < keep <= 1):
+        raise InputError(
+            complain(f"keep={keep!r}", "a number in (0, 1]", "keep=0.25 leaves a quarter.")
+        )
+    if used[0] == "penalties":
+        for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
+            if not isinstance(value, numbers.Real) or not value >= 0:
+                raise InputError(
+                    complain(f"{name}={value!r}", "a number >= 0", "Give both penalties.")
+                )
+    if columns is not None and channels is not None:
+        raise InputError(
+            complain("columns and channels", "one of them", "Use form='columns' or 'channels'.")
+        )
+    limits = {"columns": m, "channels": c, "basis_rows": c, "rank": n}
+    for name, value in sizes.items():
+        lowest = 1 if name == "basis_rows" else 0
+        if value is not None and not (
+            isinstance(value, numbers.Integral) and lowest <= value <= limits[name]
+        ):
+            raise InputError(
+                complain(
+                    f"{name}={value!r}", f"an integer in [{lowest}, {limits[name]}]", "Lower it."
+                )
+            )
+    if basis_rows is not None:
+        if taps == 1 or columns is not None or (channels or 0) > basis_rows:
+            raise InputError(
+                complain(
+                    f"basis_rows={basis_rows} with columns={columns}, channels={channels},"
+                    f" {taps} tap(s)",
+                    "a spatial kernel and channels <= basis_rows",
+                    "A basis rotates input channels; leave columns out.",
+                )
+            )
+    return used[0]
+
+
+def _searched(
+    problem: ResponseProblem,
+    layer_io: LayerIO,
+    keep: float | None,
+    budget: LayerBudget | None,
+    form: str,
+) -> Candidate:
+    """The candidate with the least held-out error (the least error without held-out rows)."""
+    if budget is None:
+        n, m = layer_io.weight.shape
+        budget = LayerBudget(n, layer_io.channels, layer_io.taps, ((1.0, keep * n * m),))
+    found = candidates(problem, budget, form=form)
+    if not len(problem.Xh):
+        return found[0]
+    closed_form = Majorize(iterations=0)
+    # Held-out rows separate candidates whose linear errors are close; the rest cannot win.
+    close = [c for c in found if c.error <= 1.25 * found[0].error + 1e-6]
+    errors = [
+        closed_form.solve(c.problem, c.structure, c.support).held_out_error for c in close
+    ]
+    return close[min(range(len(close)), key=errors.__getitem__)]
+
+
+def _sized(
+    problem: ResponseProblem,
+    columns: int | None,
+    channels: int | None,
+    basis_rows: int | None,
+    rank: int | None,
+) -> Candidate:
+    from .curves import rotation
+
+    rank = rank or 0
+    if basis_rows is not None:
+        structure = Structure("rotated", channels or 0, rank, basis_rows)
+        view = problem.in_basis(rotation(problem)[:basis_rows])
+        return Candidate(structure, float("nan"), view)
+    form = "channels" if channels is not None else "columns"
+    structure = Structure(form, (channels if channels is not None else columns) or 0, rank)
+    support, error = select_support(problem, structure)
+    return Candidate(structure, error / max(problem.linear_energy, 1e-30), problem, support)
+
+
+def _best_ridge(chosen: Candidate) -> Candidate:
+    """The same candidate with the ridge whose closed form has the least held-out error."""
+    closed_form = Majorize(iterations=0)
+    best, best_error = chosen, float("inf")
+    for ridge in RIDGES:
+        view = chosen.problem.with_ridge(ridge)
+        error = closed_form.solve(view, chosen.structure, chosen.support).held_out_error
+        if error < best_error:
+            best = Candidate(chosen.structure, chosen.error, view, chosen.support)
+            best_error = error
+    return best

@@ -1,0 +1,213 @@
+"""The arrays around one layer: its weight, rows of its input and the responses wanted for them.
+
+In: plain arrays (NumPy, CuPy or torch). Out: checked host arrays in one layout (DESIGN 2):
+``weight (n, m)``, ``inputs (P, m)``, ``targets (P, n)``; for a convolution m = c * prod(kernel)
+with input channel c owning neighbouring columns, and a row of inputs is one im2col row.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import activations
+from .errors import InputError, complain
+from .ops import NumpyOps
+from .storage import load_arrays, save_arrays
+
+_HOST = NumpyOps()
+
+
+def _as_host(name: str, array: Any) -> np.ndarray:
+    """To a host array of float32 or float64 without NaN or Inf."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+        array = array.float().numpy() if array.element_size() < 4 else array.numpy()
+    elif hasattr(array, "get") and hasattr(array, "device"):
+        array = array.get()
+    array = np.asarray(array)
+    if array.dtype not in (np.float32, np.float64):
+        if array.dtype.kind not in "fiub":
+            raise InputError(
+                complain(f"{name} of dtype {array.dtype}", "real numbers", "Convert it to float32.")
+            )
+        array = array.astype(np.float32)
+    # A sum is finite only if no entry is NaN or Inf; the exact test runs only if it is not.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = array.sum(dtype=np.float64)
+    if not np.isfinite(total) and not np.isfinite(array).all():
+        rows = np.argwhere(~np.isfinite(array))
+        raise InputError(
+            complain(
+                f"{len(rows)} NaN or Inf in {name}, the first at index {tuple(rows[0].tolist())}",
+                "finite numbers",
+                "Check the weights and the calibration data.",
+            )
+        )
+    return array
+
+
+class LayerIO:
+    """One layer with calibration rows.
+
+    Parameters
+    ----------
+    weight : array, (n, m) or (n, c, *kernel)
+    bias : array, (n,), or None
+        None stands for zeros.
+    inputs : array, (P, m)
+    targets : array, (P, n), optional
+        Responses wanted **after** the activation. Defaults to the layer's own,
+        ``r(inputs @ weight.T + bias)``.
+    activation : str or Activation
+        See `slr_gpu.activations`.
+    kernel_size : tuple of int, optional
+        Spatial kernel; taken from a weight of more than two dimensions. None for linear layers.
+    linear_targets : array, (P, n), optional
+        Responses wanted **before** the activation, where known: the start of the after-activation
+        fit. Defaults to ``inputs @ weight.T + bias``. Without `targets`, these define them.
+    sample_ids : int array, (P,), optional
+        Which calibration sample a row came from, ascending; held-out rows are split off by whole
+        samples, since rows of one sample are alike. By default every row is its own sample.
+
+    Raises
+    ------
+    InputError
+        For shapes that do not fit, fewer than two rows, NaN or Inf.
+    """
+
+    def __init__(
+        self,
+        weight: Any,
+        bias: Any,
+        inputs: Any,
+        targets: Any = None,
+        activation: str | activations.Activation = "relu",
+        kernel_size: tuple[int, ...] | None = None,
+        *,
+        linear_targets: Any = None,
+        sample_ids: Any = None,
+    ) -> None:
+        weight = _as_host("weight", weight)
+        if weight.ndim < 2:
+            raise InputError(
+                complain(f"weight of shape {weight.shape}", "(n, m) or (n, c, *kernel)", "Reshape it.")
+            )
+        if kernel_size is None:
+            kernel_size = weight.shape[2:]
+        self.kernel_size = tuple(int(k) for k in kernel_size)
+        self.weight = weight.reshape(len(weight), -1)
+        self.activation = activations.get(activation)
+        n, m = self.weight.shape
+        if min(n, m) == 0 or m % self.taps:
+            raise InputError(
+                complain(
+                    f"weight {weight.shape} with kernel_size {self.kernel_size}",
+                    "n >= 1 and m a multiple of the kernel's taps",
+                    "Pass the layer's own kernel_size.",
+                )
+            )
+        self.inputs = self._checked("inputs", inputs, (None, m))
+        count = len(self.inputs)
+        if count < 2:
+            raise InputError(
+                complain(
+                    f"{count} calibration row(s)", "at least 2", "Pass more calibration inputs."
+                )
+            )
+        self.bias = (
+            np.zeros(n, self.weight.dtype) if bias is None else self._checked("bias", bias, (n,))
+        )
+        self.linear_targets = self._checked("linear_targets", linear_targets, (count, n))
+        self.targets = self._checked("targets", targets, (count, n))
+        if self.targets is None:
+            response = self.linear_targets
+            if response is None:
+                response = self.inputs @ self.weight.T + self.bias
+            self.targets = self.activation.value(_HOST, response)
+        elif self.targets.dtype != self.inputs.dtype:
+            self.targets = self.targets.astype(self.inputs.dtype)
+        self.sample_ids = np.arange(count) if sample_ids is None else np.asarray(sample_ids)
+        if self.sample_ids.shape != (count,) or np.any(np.diff(self.sample_ids) < 0):
+            raise InputError(
+                complain(
+                    f"sample_ids of shape {self.sample_ids.shape}",
+                    f"({count},), ascending",
+                    "Sort the rows by sample.",
+                )
+            )
+
+    @staticmethod
+    def _checked(name: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray | None:
+        if array is None:
+            return None
+        array = _as_host(name, array)
+        fits = array.ndim == len(shape) and all(
+            want is None or want == got for want, got in zip(shape, array.shape, strict=True)
+        )
+        if not fits:
+            want = "(" + ", ".join("P" if d is None else str(d) for d in shape) + ")"
+            raise InputError(
+                complain(f"{name} of shape {array.shape}", want, "One row is one sample.")
+            )
+        return array
+
+    @property
+    def taps(self) -> int:
+        return int(np.prod(self.kernel_size, dtype=int))
+
+    @property
+    def channels(self) -> int:
+        return self.weight.shape[1] // self.taps
+
+    def __repr__(self) -> str:
+        n, m = self.weight.shape
+        return (
+            f"LayerIO(n={n}, m={m}, rows={len(self.inputs)}, kernel_size={self.kernel_size},"
+            f" activation={self.activation.name!r})"
+        )
+
+    def split(self, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers to fit on and to hold out, by whole samples spread evenly over the data.
+
+        Rows without samples of their own are taken in 64 neighbouring runs, because neighbours
+        (positions of one image, frames of one sound) are often alike.
+        """
+        samples, inverse = np.unique(self.sample_ids, return_inverse=True)
+        if len(samples) == len(self.sample_ids):
+            inverse = inverse * min(64, len(samples)) // len(samples)
+        count = int(inverse[-1]) + 1
+        if held_out == 0 or count < 2:
+            return np.arange(len(inverse)), np.arange(0)
+        step = max(2, round(1 / held_out))
+        chosen = (inverse % step == min(step, count) - 1)
+        return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file, atomically."""
+        arrays = {
+            name: getattr(self, name)
+            for name in ("weight", "bias", "inputs", "targets", "linear_targets", "sample_ids")
+        }
+        save_arrays(
+            path,
+            {name: array for name, array in arrays.items() if array is not None},
+            kind="layer_io",
+            metadata={
+                "activation": self.activation.name,
+                "kernel_size": json.dumps(list(self.kernel_size)),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerIO:
+        """Read what `save` wrote; InputError when the file is missing, cut short or another kind."""
+        arrays, metadata = load_arrays(path, kind="layer_io")
+        return cls(
+            **arrays,
+            activation=metadata["activation"],
+            kernel_size=tuple(json.loads(metadata["kernel_size"])),
+        )

@@ -1,0 +1,477 @@
+"""Decomposed layers as ordinary modules, and one adapter per layer type.
+
+In: a layer of the user's model and a `Decomposition`. Out: a module made of stock operations that
+computes ``(A + U V) E x + b`` (DESIGN 4), so that the model trains, saves and exports as any other:
+
+    rotated    h = P x (1x1);  U(V(h[:, s:])) + A(h[:, :s])
+    channels   U(V(x[:, C])) + A(x[:, S])
+    columns    A on gathered shifts of x (one 1x1), V a full kernel that is zero on S
+
+A layer type is added by writing its adapter and listing it in `ADAPTERS`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .decomposition import Decomposition
+
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def _contiguous_slice(indices: list[int]) -> slice | None:
+    """The slice that equals `indices`, if there is one."""
+    if indices and indices == list(range(indices[0], indices[0] + len(indices))):
+        return slice(indices[0], indices[0] + len(indices))
+    return None
+
+
+class _Select(nn.Module):
+    """Pick entries along a dimension: a slice where they are neighbours, else an index gather."""
+
+    def __init__(self, indices: list[int], dim: int) -> None:
+        super().__init__()
+        self.dim, self.slice = dim, _contiguous_slice(indices)
+        if self.slice is None:
+            index = torch.tensor(indices, dtype=torch.int64)
+            self.register_buffer("index", index, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.slice is not None:
+            return x.narrow(self.dim, self.slice.start, self.slice.stop - self.slice.start)
+        return x.index_select(self.dim, self.index)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+class _ColumnGather(nn.Module):
+    """The im2col columns S of x as channels, at the positions where the kernel is applied."""
+
+    def __init__(
+        self,
+        columns: list[int],
+        kernel_size: tuple[int, ...],
+        stride: tuple[int, ...],
+        dilation: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.stride, self.dilation, self.kernel_size = stride, dilation, kernel_size
+        taps = math.prod(kernel_size)
+        self.offsets, selects = [], []
+        for tap, offset in enumerate(np.ndindex(*kernel_size)):
+            channels = [c // taps for c in columns if c % taps == tap]
+            if channels:
+                self.offsets.append(offset)
+                selects.append(_Select(channels, 1))
+        self.selects = nn.ModuleList(selects)
+
+    def forward(self, padded: Tensor) -> Tensor:
+        dims = range(len(self.kernel_size))
+        size = [
+            (padded.shape[2 + d] - self.dilation[d] * (self.kernel_size[d] - 1) - 1)
+            // self.stride[d]
+            + 1
+            for d in dims
+        ]
+        parts = []
+        for offset, select in zip(self.offsets, self.selects, strict=True):
+            window: list[Any] = [slice(None), slice(None)]
+            for d in dims:
+                start = offset[d] * self.dilation[d]
+                stop = start + (size[d] - 1) * self.stride[d] + 1
+                window.append(slice(start, stop, self.stride[d]))
+            parts.append(select(padded[tuple(window)]))
+        return torch.cat(parts, 1)
+
+
+class _SparseKernelConv(nn.Module):
+    """A convolution whose kernel is stored on some im2col columns and zero on the others."""
+
+    def __init__(self, columns: list[int], full_shape: tuple[int, ...], settings: dict) -> None:
+        super().__init__()
+        self.full_shape, self.settings = full_shape, settings
+        self.weight = nn.Parameter(torch.empty(full_shape[0], len(columns)))
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+
+    def forward(self, padded: Tensor) -> Tensor:
+        flat = self.weight.new_zeros(self.full_shape[0], math.prod(self.full_shape[1:]))
+        kernel = flat.index_copy(1, self.columns, self.weight).reshape(self.full_shape)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.full_shape) - 3]
+        return conv(padded, kernel, **self.settings)
+
+
+class _SLRConvNd(nn.Module):
+    """A convolution as column-sparse plus low-rank.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+    kernel_size, stride, dilation : tuple of int
+    padding : tuple of int or str
+    padding_mode : str
+    form : {"columns", "channels", "rotated"}
+    kept : list of int
+        Kept im2col columns (``columns``), channels (``channels``) or ``range(s)`` (``rotated``).
+    rank : int
+    basis_rows : int or None
+    """
+
+    dims: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, ...],
+        *,
+        form: str,
+        kept: list[int],
+        rank: int,
+        basis_rows: int | None = None,
+        stride: tuple[int, ...] | None = None,
+        padding: tuple[int, ...] | str | None = None,
+        dilation: tuple[int, ...] | None = None,
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__()
+        ones = (1,) * self.dims
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size = tuple(kernel_size)
+        self.stride, self.dilation = tuple(stride or ones), tuple(dilation or ones)
+        self.padding = padding if isinstance(padding, str) else tuple(padding or (0,) * self.dims)
+        self.padding_mode = padding_mode
+        self.form, self.kept, self.rank = form, list(kept), rank
+        self.basis_rows = basis_rows
+        Conv = _CONVS[self.dims]
+        settings = {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "padding_mode": padding_mode,
+        }
+        width = in_channels if basis_rows is None else basis_rows
+        rest = sorted(set(range(width * self._group)) - set(self.kept))
+        if form == "rotated":
+            self.basis = Conv(in_channels, basis_rows, 1, bias=False)
+        if form == "columns":
+            self._columns_parts(rest)
+        else:
+            if self.kept:
+                self.select_A = _Select(self.kept, 1)
+                self.A = Conv(len(self.kept), out_channels, bias=not rank, **settings)
+            if rank:
+                self.select_V = _Select(rest, 1)
+                self.V = Conv(len(rest), rank, bias=False, **settings)
+        if rank:
+            self.U = Conv(rank, out_channels, 1)
+
+    @property
+    def _group(self) -> int:
+        return math.prod(self.kernel_size) if self.form == "columns" else 1
+
+    def _columns_parts(self, rest: list[int]) -> None:
+        Conv = _CONVS[self.dims]
+        # Padded by hand, once for both parts.
+        reference = Conv(
+            1, 1, self.kernel_size, padding=self.padding, dilation=self.dilation,
+            padding_mode=self.padding_mode,
+        )
+        self.pad = tuple(reference._reversed_padding_repeated_twice)
+        if self.kept:
+            self.gather = _ColumnGather(self.kept, self.kernel_size, self.stride, self.dilation)
+            self.A = Conv(len(self.kept), self.out_channels, 1, bias=not self.rank)
+        if self.rank:
+            shape = (self.rank, self.in_channels, *self.kernel_size)
+            settings = {"stride": self.stride, "dilation": self.dilation}
+            self.V = _SparseKernelConv(rest, shape, settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = []
+        if self.form == "columns":
+            if any(self.pad):
+                mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+                x = F.pad(x, self.pad, mode=mode)
+            if self.rank:
+                parts.append(self.U(self.V(x)))
+            if self.kept:
+                parts.append(self.A(self.gather(x)))
+            return _sum(parts)
+        if self.form == "rotated":
+            x = self.basis(x)
+        if self.rank:
+            parts.append(self.U(self.V(self.select_V(x))))
+        if self.kept:
+            parts.append(self.A(self.select_A(x)))
+        return _sum(parts)
+
+    def extra_repr(self) -> str:
+        basis = "" if self.basis_rows is None else f", r={self.basis_rows}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size},"
+            f" form={self.form}{basis}, s={len(self.kept)}, k={self.rank}"
+        )
+
+    def plan(self) -> dict[str, Any]:
+        """The arguments that rebuild this module (JSON)."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": list(self.kernel_size),
+            "form": self.form,
+            "kept": self.kept,
+            "rank": self.rank,
+            "basis_rows": self.basis_rows,
+            "stride": list(self.stride),
+            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
+            "dilation": list(self.dilation),
+            "padding_mode": self.padding_mode,
+        }
+
+    @torch.no_grad()
+    def assign(self, decomposition: Decomposition) -> None:
+        """Copy the factors in."""
+        d, k = decomposition, self.kernel_size
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(d, name)))
+                   for name in ("A", "U", "V", "bias")}
+        n, one = self.out_channels, (1,) * self.dims
+        last = self.U if self.rank else self.A
+        last.bias.copy_(tensors["bias"])
+        if self.rank:
+            self.U.weight.copy_(tensors["U"].reshape(n, self.rank, *one))
+            V = tensors["V"]
+            self.V.weight.copy_(V if self.form == "columns" else V.reshape(self.rank, -1, *k))
+        if self.kept:
+            if self.form == "columns":
+                # The gather hands columns over tap by tap; the decomposition has them ascending.
+                taps = d.taps
+                order = np.lexsort((d.columns // taps, d.columns % taps))
+                self.A.weight.copy_(tensors["A"][:, torch.from_numpy(order)].reshape(n, -1, *one))
+            else:
+                self.A.weight.copy_(tensors["A"].reshape(n, len(self.kept), *k))
+        if d.basis is not None:
+            basis = torch.from_numpy(np.ascontiguousarray(d.basis))
+            self.basis.weight.copy_(basis.reshape(*basis.shape, *one))
+
+
+class SLRConv1d(_SLRConvNd):
+    dims = 1
+
+
+class SLRConv2d(_SLRConvNd):
+    dims = 2
+
+
+class SLRConv3d(_SLRConvNd):
+    dims = 3
+
+
+class SLRLinear(nn.Module):
+    """A linear layer as column-sparse plus low-rank: ``A x[S] + U V x[C] + b``.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    kept : list of int
+        Kept columns S.
+    rank : int
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, kept: list[int], rank: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.kept, self.rank = list(kept), rank
+        if self.kept:
+            self.select_A = _Select(self.kept, -1)
+            self.A = nn.Linear(len(self.kept), out_features, bias=not rank)
+        if rank:
+            rest = sorted(set(range(in_features)) - set(self.kept))
+            self.select_V = _Select(rest, -1)
+            self.V = nn.Linear(len(rest), rank, bias=False)
+            self.U = nn.Linear(rank, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = []
+        if self.rank:
+            parts.append(self.U(self.V(self.select_V(x))))
+        if self.kept:
+            parts.append(self.A(self.select_A(x)))
+        return _sum(parts)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, s={len(self.kept)}, k={self.rank}"
+
+    def plan(self) -> dict[str, Any]:
+        """The arguments that rebuild this module (JSON)."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "kept": self.kept,
+            "rank": self.rank,
+        }
+
+    @torch.no_grad()
+    def assign(self, decomposition: Decomposition) -> None:
+        """Copy the factors in."""
+        d = decomposition
+        (self.U if self.rank else self.A).bias.copy_(torch.from_numpy(d.bias))
+        for name in (["U", "V"] if self.rank else []) + (["A"] if self.kept else []):
+            factor = torch.from_numpy(np.ascontiguousarray(getattr(d, name)))
+            getattr(self, name).weight.copy_(factor)
+
+
+class _Adapter:
+    """What capture and compression need to know of one layer type.
+
+    Attributes
+    ----------
+    source : type
+        The module class that is replaced (exactly this class, not subclasses).
+    target : type
+        The module class that replaces it.
+    """
+
+    source: type[nn.Module]
+    target: type[nn.Module]
+
+    def unsupported(self, layer: nn.Module) -> str | None:
+        """Why the layer is left as it is, or None."""
+        return None
+
+    def kernel_size(self, layer: nn.Module) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def positions(self, layer: nn.Module, tensor: Tensor) -> int:
+        """Positions of one sample's input or output tensor."""
+        raise NotImplementedError
+
+    def input_rows(self, layer: nn.Module, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        """Rows (P, m) of the layer's input at the given output positions of the given samples."""
+        raise NotImplementedError
+
+    def output_rows(self, layer: nn.Module, y: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        """Rows (P, n) of the layer's output."""
+        raise NotImplementedError
+
+    def arguments(self, layer: nn.Module, decomposition: Decomposition) -> dict[str, Any]:
+        """Arguments of `target`."""
+        raise NotImplementedError
+
+    def build(self, layer: nn.Module, decomposition: Decomposition) -> nn.Module:
+        """The module that replaces `layer`, on its device and in its dtype."""
+        module = self.target(**self.arguments(layer, decomposition))
+        module.assign(decomposition)
+        module.train(layer.training)
+        return module.to(device=layer.weight.device, dtype=layer.weight.dtype)
+
+
+class _ConvAdapter(_Adapter):
+    def __init__(self, dims: int) -> None:
+        self.dims, self.source = dims, _CONVS[dims]
+        self.target = (SLRConv1d, SLRConv2d, SLRConv3d)[dims - 1]
+
+    def unsupported(self, layer: nn.Module) -> str | None:
+        return f"grouped convolution (groups={layer.groups})" if layer.groups != 1 else None
+
+    def kernel_size(self, layer: nn.Module) -> tuple[int, ...]:
+        return tuple(layer.kernel_size)
+
+    def positions(self, layer: nn.Module, tensor: Tensor) -> int:
+        return math.prod(tensor.shape[-self.dims :])
+
+    def input_rows(self, layer: nn.Module, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        pad = layer._reversed_padding_repeated_twice
+        x = F.pad(x, tuple(pad), mode=mode) if any(pad) else x
+        kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+        size = [
+            (x.shape[2 + d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+            for d in range(self.dims)
+        ]
+        steps = x.stride()
+        # A view of all patches; indexing copies the sampled ones only.
+        patches = x.as_strided(
+            (x.shape[0], x.shape[1], *size, *kernel),
+            (
+                steps[0],
+                steps[1],
+                *(steps[2 + d] * stride[d] for d in range(self.dims)),
+                *(steps[2 + d] * dilation[d] for d in range(self.dims)),
+            ),
+            x.storage_offset(),
+        )
+        where = torch.unravel_index(position, tuple(size))
+        return patches[(sample, slice(None), *where)].reshape(len(sample), -1)
+
+    def output_rows(self, layer: nn.Module, y: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        where = torch.unravel_index(position, tuple(y.shape[2:]))
+        return y[(sample, slice(None), *where)]
+
+    def arguments(self, layer: nn.Module, decomposition: Decomposition) -> dict[str, Any]:
+        d = decomposition
+        kept = d.columns
+        if d.form != "columns":
+            kept = kept[:: d.taps] // d.taps
+        return {
+            "in_channels": layer.in_channels,
+            "out_channels": layer.out_channels,
+            "kernel_size": layer.kernel_size,
+            "form": d.form,
+            "kept": kept.tolist(),
+            "rank": d.rank,
+            "basis_rows": None if d.basis is None else len(d.basis),
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "dilation": layer.dilation,
+            "padding_mode": layer.padding_mode,
+        }
+
+
+class _LinearAdapter(_Adapter):
+    source, target = nn.Linear, SLRLinear
+
+    def kernel_size(self, layer: nn.Module) -> tuple[int, ...]:
+        return ()
+
+    def positions(self, layer: nn.Module, tensor: Tensor) -> int:
+        return math.prod(tensor.shape[1:-1]) if tensor.ndim > 1 else 1
+
+    def input_rows(self, layer: nn.Module, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], -1, x.shape[-1])[sample, position]
+
+    output_rows = input_rows
+
+    def arguments(self, layer: nn.Module, decomposition: Decomposition) -> dict[str, Any]:
+        return {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "kept": decomposition.columns.tolist(),
+            "rank": decomposition.rank,
+        }
+
+
+ADAPTERS: tuple[_Adapter, ...] = (
+    _ConvAdapter(1),
+    _ConvAdapter(2),
+    _ConvAdapter(3),
+    _LinearAdapter(),
+)
+
+
+def adapter_for(layer: nn.Module) -> _Adapter | None:
+    """The adapter of a layer's type, None for types that are not compressed."""
+    return next((adapter for adapter in ADAPTERS if type(layer) is adapter.source), None)
+
+
+def build_from_plan(type_name: str, arguments: dict[str, Any]) -> nn.Module:
+    """An empty decomposed module from what `plan` returned."""
+    targets = {adapter.target.__name__: adapter.target for adapter in ADAPTERS}
+    return targets[type_name](**arguments)

@@ -1,0 +1,167 @@
+"""The three hot operations of the solvers, and the array module that everything else uses.
+
+`NumpyOps` is complete and is the definition; `CupyOps` overrides the three operations with raw
+kernels. Every operation has a leading batch axis b: the same layer at several penalties, or
+several layers of one shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import scipy.linalg
+import scipy.special
+
+from ..activations import Activation
+
+Array = Any
+
+
+class NumpyOps:
+    """Operations on the CPU.
+
+    Attributes
+    ----------
+    xp : module
+        The array module (numpy or cupy).
+    scipy : module
+        `scipy` or `cupyx.scipy`, with ``linalg`` and ``special`` loaded.
+    device : str
+        ``"cpu"`` or ``"cuda:<index>"``.
+    """
+
+    xp = numpy
+    scipy = scipy
+    device = "cpu"
+
+    def asarray(self, array: Array, dtype: Any = None) -> Array:
+        """Bring an array (NumPy, CuPy or torch) to this device, without a copy where possible."""
+        if hasattr(array, "detach"):
+            array = array.detach().cpu().numpy()
+        return numpy.asarray(array, dtype=dtype)
+
+    def to_numpy(self, array: Array) -> numpy.ndarray:
+        """Bring an array of this device to host memory."""
+        return numpy.asarray(array)
+
+    def synchronize(self) -> None:
+        """Wait until all queued work is done."""
+
+    def column_shrink(
+        self,
+        M: Array,
+        tau: Array | float,
+        group_size: int = 1,
+        *,
+        low_rank: Array | None = None,
+        dual: Array | None = None,
+        t: float = 1.0,
+    ) -> tuple[Array, Array, Array]:
+        """Group soft threshold of C = M - low_rank - dual / t (Ma et al. 2018, eq. 10).
+
+        The prox of ``tau * sum_g ||C_g||_F``: each group of columns is scaled by
+        ``max(0, 1 - tau / ||C_g||_F)``.
+
+        Parameters
+        ----------
+        M : array, (b, n, m)
+            float32 or float64.
+        tau : float or array (b,)
+            Threshold, >= 0; one a batch entry, or one for all.
+        group_size : int
+            Neighbouring columns that are kept or dropped together; divides m. 1 for the
+            paper's single columns, kh * kw for whole input channels.
+        low_rank, dual : array, (b, n, m), optional
+            Subtracted from M on the fly.
+        t : float
+            Divides `dual`.
+
+        Returns
+        -------
+        A : array, (b, n, m)
+        norms : array, (b, m // group_size)
+            Frobenius norms of the groups of C.
+        kept : int array, (b,)
+            Groups that are not zero in A. A group with a NaN counts as kept, so that it shows.
+        """
+        xp = self.xp
+        C = M
+        if low_rank is not None:
+            C = C - low_rank
+        if dual is not None:
+            C = C - dual / M.dtype.type(t)
+        b, n, m = C.shape
+        grouped = C.reshape(b, n, m // group_size, group_size)
+        norms = xp.sqrt((grouped * grouped).sum(axis=(1, 3)))
+        tau = xp.broadcast_to(xp.asarray(tau, dtype=C.dtype).reshape(-1, 1), (b, 1))
+        dropped = norms <= tau
+        scale = xp.where(dropped, 0, 1 - tau / xp.where(dropped, 1, norms)).astype(C.dtype)
+        A = (grouped * scale[:, None, :, None]).reshape(b, n, m)
+        return A, norms, (~dropped).sum(axis=1)
+
+    def svt(self, M: Array, tau: Array | float) -> tuple[Array, Array, Array]:
+        """Singular value thresholding D_tau (Ma et al. 2018, eq. 12; Cai et al. 2010).
+
+        The prox of ``tau * ||M||_*``: ``U diag(max(sigma - tau, 0)) V``.
+
+        Parameters
+        ----------
+        M : array, (b, n, m)
+        tau : float or array (b,)
+            Threshold, >= 0.
+
+        Returns
+        -------
+        X : array, (b, n, m)
+        sigma : array, (b, min(n, m))
+            Singular values of M, descending.
+        rank : int array, (b,)
+            Number of singular values above tau.
+        """
+        xp = self.xp
+        U, sigma, Vt = xp.linalg.svd(M, full_matrices=False)
+        tau = xp.asarray(tau, dtype=M.dtype).reshape(-1, 1)
+        shrunk = xp.maximum(sigma - tau, 0)
+        return (U * shrunk[:, None, :]) @ Vt, sigma, (shrunk > 0).sum(axis=1)
+
+    def masked_gradient(
+        self,
+        Z: Array,
+        Y: Array,
+        activation: Activation,
+        *,
+        bias: Array | None = None,
+        convex: bool = False,
+    ) -> tuple[Array, Array]:
+        """Masked residual and loss in one pass.
+
+        With z = Z + bias, ``R = s * (Y - v)`` and ``loss = sum (Y - v)**2`` where (v, s) are the
+        value and slope of the activation, or of its convex surrogate (see
+        `slr_gpu.activations`). For ReLU, R = 1[z > 0] (Y - z): the gradient of the loss in Z is
+        -2 R.
+
+        Parameters
+        ----------
+        Z, Y : array, (b, P, n)
+            Responses before the activation (without bias) and target responses after it.
+        activation : Activation
+        bias : array, (b, n), optional
+        convex : bool
+            Use the convex surrogate l_c.
+
+        Returns
+        -------
+        R : array, (b, P, n)
+        loss : float64 array, (b,)
+            Summed over samples and outputs.
+        """
+        xp = self.xp
+        z = Z if bias is None else Z + bias[:, None, :]
+        value, slope = activation.value(self, z), activation.slope(self, z)
+        if convex:
+            linear = activation.linear_where(z, Y)
+            value, slope = xp.where(linear, z, value), xp.where(linear, z.dtype.type(1), slope)
+        error = Y - value
+        loss = xp.square(error).sum(axis=(1, 2), dtype=xp.float64)
+        return slope * error, loss

@@ -1,0 +1,364 @@
+"""The approximation problem of one layer, in the metric of its inputs.
+
+In: a `LayerIO`. Out: what every solver is made of. With M (n, m) and bias b,
+
+    objective   f(M, b) = (1/P) sum loss(Y, X Mᵀ + b)            loss: `slr_gpu.activations`
+    Gram        G = Xcᵀ Xc + rho I                               Xc: X less its column means
+    rhs         D + rho W,  D = Zcᵀ Xc                           Z: responses before activation
+
+The bias is the coefficient of a column of ones that is neither shrunk nor pruned; eliminating it
+is the same as centring, which is what happens here, in float64. The ridge rho pulls M towards
+the original W, so directions that the calibration data does not excite keep the weight that was
+trained.
+
+Weights are laid out as DESIGN 2 says: for a convolution m = c * prod(kernel), in PyTorch's memory
+order, so that input channel c owns neighbouring columns. `in_basis` changes variables to rotated
+and truncated input channels; all else then works in it unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any
+
+from .activations import Activation
+from .errors import InputError, complain
+from .layer_io import LayerIO
+from .ops import NumpyOps
+
+Array = Any
+
+# Rows a block of the sweeps over samples: large enough for full GEMM speed, small enough that a
+# block's responses stay near the cache.
+BLOCK = 4096
+
+
+class Metric:
+    """A Cholesky factor of the Gram matrix, with its columns in a chosen order.
+
+    With ``G = L Lᵀ`` and F = M L, ``||M||_G = ||F||_F``. The factor of the leading columns is the
+    leading block of L, and the Schur complement of a leading set S is ``L_cc L_ccᵀ``: one
+    factorisation answers for every leading set (DESIGN 2, consequence 2).
+    """
+
+    def __init__(self, ops: NumpyOps, G: Array, order: Array | None = None) -> None:
+        self.ops, self.order = ops, order
+        self.L = ops.xp.linalg.cholesky(G if order is None else G[order][:, order])
+
+    def leading(self, width: int) -> Metric:
+        """The metric of the first columns: the leading block of L."""
+        other = copy.copy(self)
+        other.L = self.L[:width, :width]
+        return other
+
+    def whiten(self, rhs: Array) -> Array:
+        """``F = rhs L^-T`` of right-hand sides (n, m) in the problem's column order."""
+        rhs = rhs if self.order is None else rhs[:, self.order]
+        solve = self.ops.scipy.linalg.solve_triangular
+        return solve(self.L, rhs.T, lower=True, check_finite=False).T
+
+    def unwhiten(self, F: Array) -> Array:
+        """``M = F L^-1``, in the problem's column order."""
+        width = F.shape[1]
+        solve = self.ops.scipy.linalg.solve_triangular
+        M = solve(self.L[:width, :width], F.T, lower=True, trans=1, check_finite=False).T
+        if self.order is None:
+            return M
+        result = self.ops.xp.empty_like(M)
+        result[:, self.order] = M
+        return result
+
+
+class ResponseProblem:
+    """Objective, gradient, Gram matrix and projections of one layer.
+
+    Parameters
+    ----------
+    layer_io : LayerIO
+    ops : NumpyOps
+    ridge : float
+        rho as a fraction of the mean diagonal of G, > 0.
+    held_out : float
+        Fraction of the rows, in [0, 0.5], that is never fitted and only judges.
+    activation : Activation, optional
+        Look through another activation than the layer's own (``identity`` for the linear
+        objective); held-out errors are always after the layer's own.
+
+    Attributes
+    ----------
+    X, Y, Z : array, (P, m), (P, n), (P, n) or None
+        Fitted rows: inputs, responses after and (where known) before the activation.
+    W, bias : array, (n, m), (n,)
+        The original weight, in the coordinates of this problem.
+    G : float64 array, (m, m)
+        Centred Gram matrix with the ridge on its diagonal.
+    basis : array, (r, c), or None
+    """
+
+    def __init__(
+        self,
+        layer_io: LayerIO,
+        *,
+        ops: NumpyOps,
+        ridge: float = 1e-3,
+        held_out: float = 0.1,
+        activation: Activation | None = None,
+    ) -> None:
+        if not 0 <= held_out <= 0.5:
+            raise InputError(
+                complain(f"held_out={held_out}", "a fraction in [0, 0.5]", "0.1 is usual.")
+            )
+        if not ridge > 0:
+            raise InputError(
+                complain(f"ridge={ridge}", "a positive fraction", "1e-3 is usual; 1e-6 is small.")
+            )
+        self.ops, self.layer_io = ops, layer_io
+        self.channels, self.taps = layer_io.channels, layer_io.taps
+        self.activation = layer_io.activation if activation is None else activation
+        self.basis: Array | None = None
+        fitted, held = layer_io.split(held_out)
+        if len(fitted) < 2:
+            raise InputError(
+                complain(
+                    f"{len(fitted)} row(s) to fit on", "at least 2", "Pass more, or held_out=0."
+                )
+            )
+        dtype = layer_io.inputs.dtype
+
+        def rows(array, which):
+            return None if array is None else ops.asarray(array[which], dtype)
+
+        self.X, self.Xh = rows(layer_io.inputs, fitted), rows(layer_io.inputs, held)
+        self.Y, self.Yh = rows(layer_io.targets, fitted), rows(layer_io.targets, held)
+        self.Z = rows(layer_io.linear_targets, fitted)
+        if self.activation.is_identity and not layer_io.activation.is_identity:
+            # A linear fit aims at the response before the activation, held-out stays after it.
+            if self.Z is None:
+                self.Z = self.X @ ops.asarray(layer_io.weight, dtype).T + ops.asarray(
+                    layer_io.bias, dtype
+                )
+            self.Y = self.Z
+        self.W = ops.asarray(layer_io.weight, ops.xp.float64)
+        self.bias = ops.asarray(layer_io.bias, ops.xp.float64)
+        self._form_gram(ridge)
+
+    def _form_gram(self, ridge: float) -> None:
+        xp = self.ops.xp
+        P, m = self.X.shape
+        self.x_mean = self.X.mean(axis=0, dtype=xp.float64)
+        mean = self.x_mean.astype(self.X.dtype)
+        G = xp.zeros((m, m))
+        for start in range(0, P, BLOCK):
+            # Centred before squaring: nearly constant inputs would leave only rounding after.
+            block = self.X[start : start + BLOCK] - mean
+            G += block.T @ block
+        self.ridge_scale = max(float(xp.trace(G)) / m, 1e-30)
+        self.rho = ridge * self.ridge_scale
+        G[xp.arange(m), xp.arange(m)] += self.rho
+        self.G = G
+
+    def with_ridge(self, ridge: float) -> ResponseProblem:
+        """The same problem with another ridge, sharing the arrays over samples."""
+        other = self._derived()
+        other.rho = ridge * self.ridge_scale
+        diagonal = self.ops.xp.arange(len(self.G))
+        other.G = self.G.copy()
+        other.G[diagonal, diagonal] += other.rho - self.rho
+        return other
+
+    @property
+    def rows(self) -> int:
+        return len(self.Y)
+
+    @property
+    def n(self) -> int:
+        return len(self.W)
+
+    @property
+    def width(self) -> int:
+        """Columns m of the problem in its coordinates."""
+        return len(self.G)
+
+    @property
+    def groups(self) -> int:
+        """Input channels of the problem in its coordinates."""
+        return self.width // self.taps
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The factorisation of G in the problem's own column order."""
+        return Metric(self.ops, self.G)
+
+    # -- the linear problem ------------------------------------------------------------------
+
+    @cached_property
+    def start_correlation(self) -> Array:
+        """``D = Zcᵀ Xc`` (n, m); ``W G`` without the ridge where Z is the layer's own response."""
+        xp = self.ops.xp
+        if self.Z is None:
+            return self.W @ self.G - self.rho * self.W
+        D = xp.zeros(self.W.shape)
+        mean = self.x_mean.astype(self.X.dtype)
+        for start in range(0, self.rows, BLOCK):
+            rows = slice(start, start + BLOCK)
+            D += self.Z[rows].T @ (self.X[rows] - mean)
+        return D
+
+    @cached_property
+    def z_mean(self) -> Array:
+        if self.Z is None:
+            return self.W @ self.x_mean + self.bias
+        return self.Z.mean(axis=0, dtype=self.ops.xp.float64)
+
+    @cached_property
+    def start_rhs(self) -> Array:
+        """Right-hand side of the linear problem, ``D + rho W``."""
+        return self.start_correlation + self.rho * self.W
+
+    @cached_property
+    def target(self) -> Array:
+        """Unrestricted minimiser ``T = rhs G⁻¹`` (n, m) of the linear problem."""
+        return self.metric.unwhiten(self.metric.whiten(self.start_rhs))
+
+    @property
+    def linear_energy(self) -> float:
+        """``||Zc||^2 + rho ||W||^2``: the linear objective of M = 0, times P.
+
+        In the coordinates of a basis still that of the whole problem, so that what the basis
+        cuts off counts as error.
+        """
+        response, weight = self._energies
+        return response + self.rho * weight
+
+    @cached_property
+    def _energies(self) -> tuple[float, float]:
+        xp = self.ops.xp
+        weight = float(xp.sum(self.W**2))
+        if self.Z is None:
+            return float(xp.sum((self.W @ self.G) * self.W)) - self.rho * weight, weight
+        squares = float(xp.sum(xp.square(self.Z), dtype=xp.float64))
+        return squares - self.rows * float(self.z_mean @ self.z_mean), weight
+
+    def linear_bias(self, M: Array) -> Array:
+        """The best bias of M before the activation."""
+        return self.z_mean - M @ self.x_mean
+
+    # -- the problem after the activation ------------------------------------------------------
+
+    def sweep(
+        self, M: Array, bias: Array, *, convex: bool = False, gradient: bool = True
+    ) -> tuple[float, Array | None, Array | None]:
+        """One pass over the fitted rows: two GEMMs and the masked residual.
+
+        Returns
+        -------
+        loss : float
+            ``f(M, bias)``, per sample.
+        RtX : float64 array, (n, m), or None
+            ``Rᵀ Xc`` of the masked residual; the gradient of f in M (at the best bias for a
+            quadratic) is ``-2/P`` times this.
+        R_mean : float64 array, (n,), or None
+        """
+        xp = self.ops.xp
+        dtype = self.Y.dtype
+        Mt, b = M.astype(dtype).T, bias.astype(dtype)[None]
+        loss = 0.0
+        RtX = xp.zeros(M.shape) if gradient else None
+        total = xp.zeros(len(M)) if gradient else None
+        for start in range(0, self.rows, BLOCK):
+            rows = slice(start, start + BLOCK)
+            X, Y = self.X[rows], self.Y[rows]
+            R, block_loss = self.ops.masked_gradient(
+                (X @ Mt)[None], Y[None], self.activation, bias=b, convex=convex
+            )
+            loss = loss + block_loss[0]
+            if gradient:
+                RtX += R[0].T @ X
+                total += R[0].sum(axis=0, dtype=xp.float64)
+        if gradient:
+            RtX -= xp.outer(total, self.x_mean)
+            total = total / self.rows
+        return float(loss) / self.rows, RtX, total
+
+    def objective(self, M: Array, bias: Array, *, convex: bool = False) -> float:
+        """``f(M, bias)``, the loss per sample without the ridge."""
+        return self.sweep(M, bias, convex=convex, gradient=False)[0]
+
+    @cached_property
+    def target_energy(self) -> float:
+        """``||Y||^2 / P``, the unit of relative errors."""
+        xp = self.ops.xp
+        return max(float(xp.sum(xp.square(self.Y), dtype=xp.float64)) / self.rows, 1e-30)
+
+    def relative_error(self, M: Array, bias: Array) -> float:
+        """``||Y - r(Z)||^2 / ||Y||^2`` on the fitted rows."""
+        return self.objective(M, bias) / self.target_energy
+
+    def held_out_error(self, M: Array, bias: Array) -> float:
+        """``||Y - r(Z)||^2 / ||Y||^2`` on the held-out rows, after the layer's own activation."""
+        if not len(self.Xh):
+            return float("nan")
+        xp = self.ops.xp
+        dtype = self.Y.dtype
+        _, loss = self.ops.masked_gradient(
+            (self.Xh @ M.astype(dtype).T)[None],
+            self.Yh[None],
+            self.layer_io.activation,
+            bias=bias.astype(dtype)[None],
+        )
+        energy = float(xp.sum(xp.square(self.Yh), dtype=xp.float64))
+        return float(loss[0]) / max(energy, 1e-30)
+
+    # -- coordinates -----------------------------------------------------------------------------
+
+    def to_basis(self, array: Array, basis: Array) -> Array:
+        """``array Eᵀ`` for E = basis ⊗ I_taps and rows of m columns."""
+        # Channels last for one large GEMM; a batch of (r, c) x (c, taps) products is far slower.
+        P, r = len(array), len(basis)
+        taps_first = array.reshape(P, self.channels, self.taps).transpose(0, 2, 1)
+        turned = taps_first.reshape(-1, self.channels) @ basis.astype(array.dtype).T
+        return turned.reshape(P, self.taps, r).transpose(0, 2, 1).reshape(P, r * self.taps)
+
+    def in_basis(self, basis: Array) -> ResponseProblem:
+        """The same problem in the coordinates X' = X Eᵀ (DESIGN 2).
+
+        Parameters
+        ----------
+        basis : array, (r, c)
+            Orthonormal rows, so that the ridge stays a multiple of the identity.
+        """
+        other = self._derived()
+        other.start_correlation = self.to_basis(self.start_correlation, basis)
+        other.W = self.to_basis(self.W, basis)
+        other.x_mean = self.to_basis(self.x_mean[None], basis)[0]
+        other.G = self.to_basis(self.to_basis(self.G, basis).T, basis)
+        other.Xh = self.to_basis(self.Xh, basis)
+        other.basis, other._unrotated = basis, self.X
+        other.__dict__.pop("X", None)
+        return other
+
+    def truncated(self, r: int) -> ResponseProblem:
+        """The first r channels of a problem that is in a basis; its factorisation is shared."""
+        width = r * self.taps
+        other = self._derived()
+        other.start_correlation = self.start_correlation[:, :width]
+        other.W, other.x_mean = self.W[:, :width], self.x_mean[:width]
+        other.G, other.Xh = self.G[:width, :width], self.Xh[:, :width]
+        other.metric = self.metric.leading(width)
+        other.basis = self.basis[:r]
+        other.__dict__.pop("X", None)
+        return other
+
+    @cached_property
+    def X(self) -> Array:
+        """Fitted input rows in the problem's coordinates; rotated when first needed."""
+        return self.to_basis(self._unrotated, self.basis)
+
+    def _derived(self) -> ResponseProblem:
+        """A copy that shares what does not depend on the coordinates or the ridge."""
+        self._energies, self.z_mean, self.start_correlation  # noqa: B018  (computed once)
+        other = copy.copy(self)
+        for name in ("metric", "start_rhs", "target"):
+            other.__dict__.pop(name, None)
+        return other

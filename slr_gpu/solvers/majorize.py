@@ -1,0 +1,237 @@
+"""Majorise and project: hard budgets, monotone, one cached factorisation (DESIGN 3.3).
+
+In: a `ResponseProblem`, a `Structure` and (for the forms without a basis) a support. Out: a
+`Decomposition`. The masked residual R of the current iterate gives a quadratic with the fixed
+metric G that lies above the loss and touches it at M_k; its unrestricted minimiser is
+
+    T = M_k + (1/c) (Rᵀ Xc + rho (W - M_k)) G⁻¹ ,
+
+with c the activation's curvature bound, and the next iterate is the projection of T onto
+{A on S} + {rank k} in the metric G: with F = T L, keep F on S and replace the rest by its best
+rank-k approximation. So f(M) + (rho/P) ||M - W||^2 never increases.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..decomposition import Decomposition, Status, Structure
+from ..penalties import low_rank_projection
+from ..problem import Metric, ResponseProblem
+
+Array = Any
+
+
+@dataclass
+class MajorizeState:
+    """One iterate: whitened F = M L, the weight M, its bias, U, and the sweep at (M, bias)."""
+
+    metric: Metric
+    kept: int
+    F: Array
+    M: Array
+    bias: Array
+    U: Array
+    curvature: float
+    loss: float = float("inf")
+    objective: float = float("inf")
+    RtX: Array = None
+    R_mean: Array = None
+
+
+@dataclass(frozen=True)
+class Majorize:
+    """Settings of the solver.
+
+    Attributes
+    ----------
+    iterations : int
+        At most this many; 0 gives the closed-form minimiser of the linear problem.
+    convex : bool
+        Descend the convex surrogate l_c, which measures better, instead of the true loss.
+    tolerance : float
+        Stop when an iteration lowers the objective by less than this fraction.
+    patience : int
+        Stop after this many iterations without a better held-out error; the best one is kept.
+    """
+
+    iterations: int = 10
+    convex: bool = True
+    tolerance: float = 1e-3
+    patience: int = 2
+    name: str = field(default="majorize", init=False)
+    chooses_support: bool = field(default=False, init=False)
+
+    def start(
+        self, problem: ResponseProblem, structure: Structure, support: Array | None = None
+    ) -> MajorizeState:
+        """Closed-form minimiser of the linear problem on the given support."""
+        metric, kept = ordered_metric(problem, structure, support)
+        return closed_form(problem, metric, kept, structure.k)
+
+    def evaluate(self, problem: ResponseProblem, state: MajorizeState) -> None:
+        """Fill in the loss and the masked residual at the state's (M, bias)."""
+        convex = self.convex and problem.activation.has_convex_surrogate
+        state.loss, state.RtX, state.R_mean = problem.sweep(state.M, state.bias, convex=convex)
+        pull = float(problem.ops.xp.sum((state.M - problem.W) ** 2))
+        state.objective = state.loss + problem.rho / problem.rows * pull
+
+    def step(
+        self, problem: ResponseProblem, state: MajorizeState, structure: Structure
+    ) -> MajorizeState:
+        """One majorisation, projection and sweep; `state` must have been evaluated.
+
+        For activations whose curvature is only estimated, the majoriser is made steeper until
+        the objective falls, or the old state is returned.
+        """
+        whitened = state.metric.whiten(state.RtX + problem.rho * (problem.W - state.M))
+        curvature = state.curvature
+        for _ in range(8):
+            new = MajorizeState(state.metric, state.kept, None, None, None, None, curvature)
+            project(problem, new, state.F + whitened / curvature, structure.k)
+            shift = (new.M - state.M) @ problem.x_mean
+            new.bias = state.bias + state.R_mean / curvature - shift
+            self.evaluate(problem, new)
+            if problem.activation.exact or new.objective <= state.objective:
+                return new
+            curvature *= 2
+        return state
+
+    def solve(
+        self,
+        problem: ResponseProblem,
+        structure: Structure,
+        support: Array | None = None,
+        start: MajorizeState | None = None,
+    ) -> Decomposition:
+        """Run to convergence, the held-out stop or the iteration limit.
+
+        Parameters
+        ----------
+        problem : ResponseProblem
+            In the coordinates of the basis when the form is rotated.
+        structure : Structure
+        support : int array, optional
+            Kept columns, for the forms without a basis.
+        start : MajorizeState, optional
+            Where to begin; by default `start`.
+        """
+        began = time.perf_counter()
+        state = self.start(problem, structure, support) if start is None else start
+        best, best_error, since = state, problem.held_out_error(state.M, state.bias), 0
+        history, status = [], Status.CLOSED_FORM
+        if self.iterations and not (problem.activation.is_identity and start is None):
+            self.evaluate(problem, state)
+            status = Status.ITERATION_LIMIT
+        for iteration in range(self.iterations if status is Status.ITERATION_LIMIT else 0):
+            previous, state = state, self.step(problem, state, structure)
+            error = problem.held_out_error(state.M, state.bias)
+            history.append(
+                {
+                    "iteration": iteration + 1,
+                    "objective": state.objective,
+                    "held_out_error": error,
+                    "rank": state.U.shape[1],
+                    "groups": structure.s,
+                    "seconds": time.perf_counter() - began,
+                }
+            )
+            if not error >= best_error:  # also true without held-out rows (NaN)
+                best, best_error, since = state, error, 0
+            else:
+                since += 1
+            if previous.objective - state.objective <= self.tolerance * previous.objective:
+                status = Status.CONVERGED
+                break
+            if since >= self.patience:
+                status = Status.HELD_OUT_STOP
+                break
+        return assemble(problem, structure, best, status, history)
+
+def ordered_metric(
+    problem: ResponseProblem, structure: Structure, support: Array | None
+) -> tuple[Metric, int]:
+    """A metric whose first columns are the support, and how many those are."""
+    if structure.form == "rotated":
+        return problem.metric, structure.s * problem.taps
+    return metric_of(problem, support)
+
+
+def metric_of(problem: ResponseProblem, support: Array) -> tuple[Metric, int]:
+    """A metric whose first columns are these, and how many those are."""
+    xp = problem.ops.xp
+    mask = xp.zeros(problem.width, dtype=bool)
+    mask[xp.asarray(support, dtype=xp.int64)] = True
+    order = xp.concatenate([xp.flatnonzero(mask), xp.flatnonzero(~mask)])
+    return Metric(problem.ops, problem.G, order), len(support)
+
+
+def project(problem: ResponseProblem, state: MajorizeState, F: Array, k: int) -> None:
+    """Set F, M and U of a state to the projection of F: kept on S, rank k elsewhere."""
+    kept = state.kept
+    low_rank, state.U = low_rank_projection(problem.ops, F[:, kept:], k)
+    state.F = problem.ops.xp.concatenate([F[:, :kept], low_rank], axis=1)
+    state.M = state.metric.unwhiten(state.F)
+
+
+def closed_form(problem: ResponseProblem, metric: Metric, kept: int, k: int) -> MajorizeState:
+    """Minimiser of the linear problem over A on the metric's first columns plus rank k."""
+    state = MajorizeState(metric, kept, None, None, None, None, problem.activation.curvature)
+    project(problem, state, metric.whiten(problem.start_rhs), k)
+    state.bias = problem.linear_bias(state.M)
+    return state
+
+
+def state_of(
+    problem: ResponseProblem, metric: Metric, kept: int, k: int, M: Array, bias: Array
+) -> MajorizeState:
+    """The state of a given weight: as it is on S, its nearest rank-k part on the complement.
+
+    Nearest in the Frobenius norm, so a weight that already is of rank k there is not changed.
+    """
+    xp = problem.ops.xp
+    order = xp.arange(problem.width) if metric.order is None else metric.order
+    low_rank, U = low_rank_projection(problem.ops, M[:, order[kept:]], k)
+    ordered = xp.concatenate([M[:, order[:kept]], low_rank], axis=1)
+    result = xp.empty_like(M)
+    result[:, order] = ordered
+    return MajorizeState(
+        metric, kept, ordered @ metric.L, result, bias, U, problem.activation.curvature
+    )
+
+
+def assemble(
+    problem: ResponseProblem,
+    structure: Structure,
+    state: MajorizeState,
+    status: Status,
+    history: list[dict[str, Any]],
+) -> Decomposition:
+    """The `Decomposition` of a state, on the host, in the dtype of the data."""
+    ops, layer_io = problem.ops, problem.layer_io
+    dtype = layer_io.inputs.dtype
+    order = state.metric.order
+    if order is None:
+        order = ops.xp.arange(problem.width)
+    columns, complement = order[: state.kept], order[state.kept :]
+    host = {
+        "columns": columns,
+        "A": state.M[:, columns].astype(dtype),
+        "U": state.U.astype(dtype),
+        "V": (state.U.T @ state.M[:, complement]).astype(dtype),
+        "bias": state.bias.astype(dtype),
+        "basis": None if problem.basis is None else problem.basis.astype(dtype),
+    }
+    return Decomposition(
+        structure.form,
+        **{name: None if a is None else ops.to_numpy(a) for name, a in host.items()},
+        channels=layer_io.channels,
+        kernel_size=layer_io.kernel_size,
+        activation=problem.activation.name,
+        error=problem.relative_error(state.M, state.bias),
+        held_out_error=problem.held_out_error(state.M, state.bias),
+        status=status,
+        history=history,
+    )

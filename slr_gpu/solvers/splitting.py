@@ -1,0 +1,285 @@
+"""The parts of an `ADMM` iteration: its state, its steps, and its residuals.
+
+In: an iterate. Out: the next A, B and M, and how far from optimal they are. With A + B = M the
+constraint, D its dual variable and t the penalty parameter, an iterate is optimal for
+min f(M, b) + g(A) + h(B) when
+
+    A + B - M = 0,    grad f(M, b) = (D, 0),    -D in dg(A),    -D in dh(B).
+
+What is missing in the first is the primal residual, in the other three the dual residual (Boyd,
+Parikh, Chu, Peleato and Eckstein 2011, section 3.3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..decomposition import Structure
+from ..penalties import ColumnSparse, LowRank
+from ..problem import ResponseProblem
+
+Array = Any
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What does not change during a run.
+
+    Attributes
+    ----------
+    sparse, low_rank : ColumnSparse, LowRank
+    weights : (lambda1, lambda2), or None with hard budgets
+    budgets : (s, k), or None with penalties
+    allowed : bool array, (groups,)
+        Groups that A may use.
+    convex : bool
+        Whether f is the surrogate l_c.
+    lipschitz : float
+        Bound on the curvature of f in M.
+    scale : (float, float)
+        Root mean square of the weight and of the dual variable: units of absolute tolerances.
+    ceiling : float
+        A loss above this counts as divergence.
+    """
+
+    sparse: ColumnSparse
+    low_rank: LowRank
+    weights: tuple[float, float] | None
+    budgets: tuple[int, int] | None
+    allowed: Array
+    convex: bool
+    lipschitz: float
+    scale: tuple[float, float]
+    ceiling: float
+
+
+@dataclass(frozen=True, eq=False)
+class ADMMState:
+    """One iterate, evaluated: the sweep at (M, bias) is part of it."""
+
+    setting: Setting
+    A: Array
+    B: Array
+    M: Array
+    bias: Array
+    dual: Array
+    t: float
+    loss: float = math.inf
+    RtX: Array = None
+    R_mean: Array = None
+    objective: float = math.inf
+    primal_residual: float = math.inf
+    dual_residual: float = math.inf
+    primal_tolerance: float = 0.0
+    dual_tolerance: float = 0.0
+    lyapunov: float = math.inf
+    rank: int = 0
+    groups: int = 0
+    changed: int = 0
+    factor: tuple[float, Array] | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the iterate is a number, and of a plausible size."""
+        return math.isfinite(self.primal_residual) and self.loss <= self.setting.ceiling
+
+
+def norm(ops: Any, *arrays: Array) -> float:
+    """Euclidean norm of several arrays taken as one vector."""
+    return math.sqrt(sum(float(ops.xp.sum(a * a)) for a in arrays))
+
+
+def measured(
+    problem: ResponseProblem,
+    old: ADMMState,
+    new: ADMMState,
+    *,
+    proximal: bool,
+    majorized: bool,
+    relaxation: float,
+    tolerance: float,
+) -> ADMMState:
+    """The new iterate with its objective, residuals, tolerances and Lyapunov quantity.
+
+    The objective is f(M, b) + lambda1 ||A||_{2,1} + lambda2 ||B||_*, at iterates that meet the
+    constraint only in the limit; f alone with hard budgets.
+    """
+    ops, setting, t = problem.ops, new.setting, new.t
+    xp = ops.xp
+    if not (math.isfinite(new.loss) and all(plausible(ops, a) for a in (new.M, new.dual, new.RtX))):
+        return replace(new, loss=math.inf)
+    total = new.A + new.B
+    move_A, move_B, move_M = new.A - old.A, new.B - old.B, new.M - old.M
+    if proximal:
+        in_A, in_B = t * (move_M + move_A - move_B), t * (move_M + move_B - move_A)
+    else:
+        extra = (1 - relaxation) * (total - old.M)
+        in_A, in_B = t * (move_M - move_B + extra), t * (move_M + extra)
+    gradient = -2 / problem.rows * new.RtX
+    curvature = 2 * problem.activation.curvature
+    if majorized:
+        metric = curvature / problem.rows * float(xp.sum((move_M @ problem.G) * move_M))
+    else:
+        metric = setting.lipschitz * norm(ops, move_M) ** 2
+    lyapunov = (
+        t * norm(ops, move_A - move_B) ** 2
+        + t * norm(ops, move_M) ** 2
+        + metric
+        + curvature * norm(ops, new.bias - old.bias + move_M @ problem.x_mean) ** 2
+        + norm(ops, new.dual - old.dual) ** 2 / t
+    )
+    objective = new.loss
+    if setting.weights is not None:
+        objective += setting.weights[0] * setting.sparse.value(ops, new.A)
+        objective += setting.weights[1] * setting.low_rank.value(ops, new.B)
+    size = 1e-3 * math.sqrt(total.size)
+    length = max(norm(ops, total), norm(ops, new.M))
+    return replace(
+        new,
+        objective=objective,
+        primal_residual=norm(ops, total - new.M),
+        dual_residual=norm(ops, in_A, in_B, gradient - new.dual, 2 * new.R_mean),
+        primal_tolerance=tolerance * (size * setting.scale[0] + length),
+        dual_tolerance=tolerance * (size * setting.scale[1] + norm(ops, new.dual)),
+        lyapunov=lyapunov,
+    )
+
+
+def plausible(ops: Any, array: Array) -> bool:
+    """Whether squares of the entries can be worked with: neither NaN nor near overflow."""
+    return bool(ops.xp.max(ops.xp.abs(array)) < 1e100)
+
+
+def sparse_step(problem: ResponseProblem, setting: Setting, C: Array, tau: float) -> Array:
+    """A from what is left for it: group soft threshold at lambda1 / tau, or the s largest.
+
+    NaN when C is not `plausible`, and so for B: no factorisation is asked to work on that.
+    """
+    ops, sparse = problem.ops, setting.sparse
+    if not plausible(ops, C):
+        return ops.xp.full_like(C, math.nan)
+    if setting.budgets is not None:
+        return sparse.hard(ops, C, setting.budgets[0], setting.allowed)
+    A = sparse.prox(ops, C, setting.weights[0] / tau)
+    return A * ops.xp.repeat(setting.allowed, sparse.group_size)[None]
+
+
+def low_rank_step(
+    problem: ResponseProblem, setting: Setting, C: Array, tau: float
+) -> tuple[Array, int]:
+    """B from what is left for it, and its rank: SVT at lambda2 / tau, or rank k."""
+    ops = problem.ops
+    if not plausible(ops, C):
+        return ops.xp.full_like(C, math.nan), 0
+    if setting.budgets is not None:
+        k = min(setting.budgets[1], *C.shape)
+        return setting.low_rank.hard(ops, C, k), k
+    B, _, rank = ops.svt(C[None], setting.weights[1] / tau)
+    return B[0], int(rank[0])
+
+
+def weight_step(
+    problem: ResponseProblem, state: ADMMState, goal: Array, *, majorize: bool, inner: int
+) -> ADMMState:
+    """``argmin f(M, b) + t/2 ||M - goal||^2``, approximately, from the state's (M, b).
+
+    `inner` steps: of the majoriser, or of the accelerated gradient method (Beck and Teboulle
+    2009) with steps 1 / (L + t) in M and 1 / 2c in the bias at the column means.
+    """
+    xp, t = problem.ops.xp, state.t
+    c, P = problem.activation.curvature, problem.rows
+    factor = state.factor
+    if majorize and (factor is None or factor[0] != t):
+        system = 2 * c / P * problem.G + t * xp.eye(problem.width)
+        factor = (t, xp.linalg.cholesky(system))
+    # y is the extrapolated point, at which the sweep is known.
+    M, beta = state.M, state.bias + state.M @ problem.x_mean
+    y, y_beta, RtX, R_mean, loss = M, beta, state.RtX, state.R_mean, state.loss
+    theta = 1.0
+    for remaining in range(inner - 1, -1, -1):
+        if majorize:
+            rhs = 2 * c / P * (y @ problem.G) + 2 / P * RtX + t * goal
+            new_M = solve_factored(problem.ops, factor[1], rhs)
+        else:
+            L = state.setting.lipschitz
+            new_M = (L * y + 2 / P * RtX + t * goal) / (L + t)
+        new_beta = y_beta + R_mean / c
+        momentum = 0.0
+        if remaining and not majorize:
+            following = (1 + math.sqrt(1 + 4 * theta * theta)) / 2
+            momentum, theta = (theta - 1) / following, following
+        y, y_beta = new_M + momentum * (new_M - M), new_beta + momentum * (new_beta - beta)
+        M, beta = new_M, new_beta
+        loss, RtX, R_mean = problem.sweep(
+            y, y_beta - y @ problem.x_mean, convex=state.setting.convex
+        )
+    bias = beta - M @ problem.x_mean
+    return replace(state, M=M, bias=bias, loss=loss, RtX=RtX, R_mean=R_mean, factor=factor)
+
+
+def allowed_groups(
+    problem: ResponseProblem, structure: Structure | None, support: Array | None, size: int
+) -> Array:
+    """Mask over groups: those of `support`; the leading s in a basis with hard budgets; or all."""
+    xp = problem.ops.xp
+    groups = problem.width // size
+    if structure is not None and problem.basis is not None:
+        return xp.arange(groups) < structure.s
+    if support is None:
+        return xp.ones(groups, dtype=bool)
+    mask = xp.zeros(problem.width, dtype=bool)
+    mask[xp.asarray(support, dtype=xp.int64)] = True
+    return mask.reshape(groups, size).all(axis=1)
+
+
+def largest_eigenvalue(ops: Any, G: Array, *, rounds: int = 100) -> float:
+    """Bound on the largest eigenvalue of a positive semidefinite G, by power iteration.
+
+    The iteration approaches from below, so its end is raised by a twentieth, and never above the
+    trace, which is a bound by itself.
+    """
+    xp = ops.xp
+    trace = float(xp.trace(G))
+    # Start from the heaviest column, which is seldom orthogonal to the leading eigenvector.
+    v = G[:, int(xp.argmax(xp.diagonal(G)))]
+    value = 0.0
+    for _ in range(rounds):
+        length = math.sqrt(float(v @ v))
+        if not length > 0:
+            break
+        v = G @ (v / length)
+        previous, value = value, math.sqrt(float(v @ v))
+        if abs(value - previous) <= 1e-4 * value:
+            break
+    return min(1.05 * value, trace) if value > 0 else trace
+
+
+def solve_factored(ops: Any, L: Array, rhs: Array) -> Array:
+    """``rhs (L Lᵀ)⁻¹`` for a lower Cholesky factor L."""
+    solve = ops.scipy.linalg.solve_triangular
+    half = solve(L, rhs.T, lower=True, check_finite=False)
+    return solve(L, half, lower=True, trans=1, check_finite=False).T
+
+
+def found_structure(
+    problem: ResponseProblem, state: ADMMState, structure: Structure | None
+) -> tuple[Structure, Array]:
+    """The structure of an iterate and the groups that its A keeps.
+
+    With hard budgets the structure is the one asked for; in a basis A reads all its channels.
+    """
+    xp, sparse = problem.ops.xp, state.setting.sparse
+    groups = sparse.norms(problem.ops, state.A) > 0
+    if structure is not None:
+        return structure, state.setting.allowed if structure.form == "rotated" else groups
+    rest = state.B[:, ~xp.repeat(groups, sparse.group_size)]
+    rank = 0
+    if rest.size and state.rank:
+        sigma = xp.linalg.svd(rest, compute_uv=False)
+        rank = min(int((sigma > 1e-9 * norm(problem.ops, state.B)).sum()), state.rank)
+    form, r = "columns" if sparse.group_size == 1 else "channels", None
+    if problem.basis is not None:
+        form, r = "rotated", len(problem.basis)
+    return Structure(form, int(groups.sum()), rank, r), groups

@@ -1,0 +1,202 @@
+"""Which columns (or input channels) the sparse part A keeps.
+
+In: a `ResponseProblem`, how many groups s and which rank k. Out: the kept columns. With T = rhs G⁻¹
+the unrestricted minimiser of the linear problem and H the Schur complement of S, everything is
+had from ``G_ss`` and matrices of size n (DESIGN 2, consequence 2), because
+
+    T_c H T_cᵀ = T G Tᵀ - rhs_s G_ss⁻¹ rhs_sᵀ ,      T_c H = rhs_c - rhs_s G_ss⁻¹ G_sc :
+
+the error of a support needs no factorisation larger than s. Groups are added in batches where
+they help most, then exchanged, by (at fixed U, one group at a time, both exact)
+
+    gain of adding g:    || (I - U Uᵀ) (T_c H)_g H_gg^{-1/2} ||^2
+    cost of dropping g:  || (I - U Uᵀ) A_g ((G_ss⁻¹)_gg)^{-1/2} ||^2 ,
+
+the second being the saliency of optimal brain surgery, less what U absorbs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .decomposition import Structure
+from .problem import ResponseProblem
+
+Array = Any
+
+
+@dataclass
+class Support:
+    """A support and what was computed with it."""
+
+    groups: Array
+    columns: Array
+    error: float
+    U: Array
+    L: Array
+    solved: Array  # L_ss^-1 rhs_sᵀ
+
+
+class SupportSearch:
+    """Supports of one problem for one group size.
+
+    Parameters
+    ----------
+    problem : ResponseProblem
+    size : int
+        Columns a group: 1, or the kernel's taps for whole channels.
+    """
+
+    def __init__(self, problem: ResponseProblem, size: int) -> None:
+        self.problem, self.size = problem, size
+        self.groups = problem.width // size
+        self.rhs, self.G = problem.start_rhs, problem.G
+        self.target_gram = problem.target @ self.rhs.T  # T G Tᵀ
+
+    def evaluate(self, groups: Array, k: int) -> Support:
+        """Linear error (times P) of the best A on `groups` with the best U V of rank k."""
+        ops, xp = self.problem.ops, self.problem.ops.xp
+        columns = (groups[:, None] * self.size + xp.arange(self.size)[None]).reshape(-1)
+        rhs = self.rhs[:, columns]
+        gram = self.target_gram
+        L, solved = xp.zeros((0, 0)), xp.zeros((0, len(rhs)))
+        if len(columns):
+            L = xp.linalg.cholesky(self.G[columns][:, columns])
+            solve = ops.scipy.linalg.solve_triangular
+            solved = solve(L, rhs.T, lower=True, check_finite=False)
+            gram = gram - solved.T @ solved
+        values, vectors = xp.linalg.eigh(gram)
+        values, U = values[::-1].clip(min=0), vectors[:, ::-1][:, :k]
+        covered = float(xp.sum(solved**2)) + float(values[:k].sum())
+        return Support(groups, columns, self.problem.linear_energy - covered, U, L, solved)
+
+    def gains(self, support: Support) -> Array:
+        """What adding each group would save at fixed U; -inf inside the support."""
+        ops, xp = self.problem.ops, self.problem.ops.xp
+        correlation = self.rhs
+        blocks = self._blocks(self.G)
+        if len(support.columns):
+            solve = ops.scipy.linalg.solve_triangular
+            cross = solve(support.L, self.G[support.columns], lower=True, check_finite=False)
+            correlation = correlation - support.solved.T @ cross
+            grouped = cross.reshape(len(cross), self.groups, self.size)
+            if self.size == 1:
+                blocks = blocks - xp.einsum("sg,sg->g", cross, cross)[:, None, None]
+            else:
+                grouped = grouped.transpose(1, 2, 0)
+                blocks = blocks - xp.matmul(grouped, grouped.transpose(0, 2, 1))
+        correlation = correlation - support.U @ (support.U.T @ correlation)
+        # Inside the support H vanishes; the floor only keeps the inverse finite there.
+        blocks = blocks + self.problem.rho * 1e-3 * xp.eye(self.size)
+        gains = self._energy(correlation, blocks)
+        gains[support.groups] = -xp.inf
+        return gains
+
+    def costs(self, support: Support) -> Array:
+        """What dropping each group of the support would cost at fixed U."""
+        ops, xp = self.problem.ops, self.problem.ops.xp
+        solve = ops.scipy.linalg.solve_triangular
+        low_rank = support.U @ (support.U.T @ self.problem.target)
+        low_rank[:, support.columns] = 0
+        rhs = self.rhs[:, support.columns] - low_rank @ self.G[:, support.columns]
+        inverse = solve(support.L, xp.eye(len(support.L)), lower=True, check_finite=False)
+        A = (rhs @ inverse.T) @ inverse
+        A = A - support.U @ (support.U.T @ A)
+        rows = xp.ascontiguousarray(inverse.T).reshape(-1, self.size, len(inverse))
+        return self._energy(A, xp.matmul(rows, rows.transpose(0, 2, 1)))
+
+    def grow(self, s: int, k: int, steps: int) -> Support:
+        """Add groups in `steps` batches."""
+        xp = self.problem.ops.xp
+        support = self.evaluate(xp.arange(0), k)
+        for step in range(steps):
+            count = s * (step + 1) // steps - len(support.groups)
+            if count:
+                added = xp.argsort(-self.gains(support), kind="stable")[:count]
+                groups = xp.sort(xp.concatenate([support.groups, added]))
+                support = self.evaluate(groups, k)
+        return support
+
+    def first(self, s: int, k: int, steps: int) -> Support:
+        """The better of two ways to grow: beside U V of rank k, and without it.
+
+        A large A hides in the leading singular vectors at first, and is found without U V; a
+        small one is found only beside it.
+        """
+        with_rank = self.grow(s, k, steps)
+        if not k or not s:
+            return with_rank
+        without = self.evaluate(self.grow(s, 0, steps).groups, k)
+        return min(with_rank, without, key=lambda support: support.error)
+
+    def exchange(self, support: Support, k: int, rounds: int) -> Support:
+        """Swap the groups that cost least for those that gain most, while the error falls."""
+        xp = self.problem.ops.xp
+        if not len(support.groups):
+            return support
+        most = max(1, len(support.groups) // 2)
+        for _ in range(rounds):
+            gains, costs = self.gains(support), self.costs(support)
+            q = min(most, len(costs), self.groups - len(costs))
+            add = xp.argsort(-gains, kind="stable")[:q]
+            drop = xp.argsort(costs, kind="stable")[:q]
+            q = int(xp.sum(gains[add] > costs[drop]))
+            while q:
+                mask = xp.zeros(self.groups, dtype=bool)
+                mask[support.groups] = True
+                mask[add[:q]] = True
+                mask[support.groups[drop[:q]]] = False
+                trial = self.evaluate(xp.flatnonzero(mask), k)
+                if trial.error < support.error:
+                    support, most = trial, q
+                    break
+                q //= 2
+            if not q:
+                break
+        return support
+
+    def _blocks(self, G: Array) -> Array:
+        xp = self.problem.ops.xp
+        index = xp.arange(self.problem.width).reshape(self.groups, self.size)
+        return G[index[:, :, None], index[:, None, :]]
+
+    def _energy(self, B: Array, blocks: Array) -> Array:
+        """``trace(B_g blocks_g⁻¹ B_gᵀ)`` for groups of columns of B."""
+        xp = self.problem.ops.xp
+        if self.size == 1:
+            return xp.einsum("ng,ng->g", B, B) / blocks[:, 0, 0]
+        grouped = B.reshape(len(B), -1, self.size).transpose(1, 0, 2)
+        products = xp.matmul(grouped.transpose(0, 2, 1), grouped)
+        return xp.einsum("gij,gji->g", xp.linalg.inv(blocks), products)
+
+
+def group_size(form: str, taps: int) -> int:
+    """Columns that A keeps or drops together."""
+    return 1 if form == "columns" else taps
+
+
+def select_support(
+    problem: ResponseProblem, structure: Structure, *, steps: int = 4, rounds: int = 6
+) -> tuple[Array, float]:
+    """Choose S for a form without a basis.
+
+    Parameters
+    ----------
+    problem : ResponseProblem
+    structure : Structure
+        ``form`` columns or channels, with s groups and rank k.
+    steps, rounds : int
+        Batches in which groups are added, and exchange rounds after that.
+
+    Returns
+    -------
+    columns : int array
+        Kept columns, ascending.
+    error : float
+        Error of the linear problem, times P.
+    """
+    search = SupportSearch(problem, group_size(structure.form, problem.taps))
+    support = search.first(min(structure.s, search.groups), structure.k, steps)
+    support = search.exchange(support, structure.k, rounds)
+    return support.columns, support.error

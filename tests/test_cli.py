@@ -1,0 +1,95 @@
+"""The command line, run as a user would."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from slr_gpu.cli import app
+
+MODEL = """
+from torch import nn
+
+def make():
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(432, 5),
+    )
+
+def batches():
+    import torch
+    return [torch.randn(20, 2, 6, 6) for _ in range(3)]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "cli_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import cli_model
+
+    torch.manual_seed(0)
+    save_file(cli_model.make().state_dict(), "weights.safetensors")
+    np.save("calib.npy", np.random.default_rng(0).normal(size=(60, 2, 6, 6)))
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize("data", ["calib.npy", "cli_model:batches"])
+def test_compress(folder, data):
+    done = run(
+        "compress", "--model", "cli_model:make", "--weights", "weights.safetensors",
+        "--data", data, "--keep", "flops=0.6,params=0.9", "--out", "out",
+    )
+    assert done.exit_code == 0, done.output
+    assert "kept" in done.output
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["achieved"]["flops"] <= 0.6
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        "model.safetensors", "plan.json", "report.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "changes,match",
+    [
+        ({"--model": "cli_model"}, "pkg.module:name"),
+        ({"--model": "cli_model:nothing"}, "cli_model:nothing"),
+        ({"--weights": "missing.safetensors"}, "missing.safetensors"),
+        ({"--data": "missing.npy"}, "missing.npy"),
+        ({"--keep": "flops"}, "flops=0.25"),
+        ({"--keep": "flops=2"}, "fraction"),
+        ({"--device": "tpu"}, "tpu"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(folder, changes, match):
+    options = {
+        "--model": "cli_model:make", "--weights": "weights.safetensors", "--data": "calib.npy",
+        "--keep": "flops=0.6", "--out": "out", **changes,
+    }
+    done = run("compress", *[part for pair in options.items() for part in pair])
+    assert done.exit_code == 1
+    assert match in done.output.replace("\n", " ") and "Traceback" not in done.output
+    assert not (folder / "out").exists()
+
+
+def test_doctor():
+    done = run("doctor")
+    assert done.exit_code == 0
+    assert "backend cpu: works" in done.output and "backend cuda" in done.output
+
+
+def test_demo():
+    pytest.importorskip("sklearn", reason="needs the demo extra")
+    done = run("demo")
+    assert done.exit_code == 0, done.output
+    assert "accuracy on 500 digits" in done.output

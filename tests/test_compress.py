@@ -1,0 +1,287 @@
+"""The whole model: what comes out, what stays untouched, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import slr_gpu
+from slr_gpu.capture import Frontier, Sampler, as_batches, record_references
+from slr_gpu.compress import count_flops
+from slr_gpu.graph import find_sites
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 32),
+        nn.ReLU(),
+        nn.Linear(32, 4),
+    )
+
+
+@pytest.fixture
+def model():
+    model = small_network().eval()
+    model[3].running_mean.normal_()
+    return model
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(120, 2, 4, 4, generator=generator)
+    return F.interpolate(coarse, scale_factor=2, mode="bilinear")
+
+
+def snapshot(model):
+    return (
+        copy.deepcopy(model.state_dict()),
+        {name: m.training for name, m in model.named_modules()},
+        {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()},
+    )
+
+
+def assert_unchanged(model, before):
+    state, modes, hooks = before
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    after = snapshot(model)
+    assert after[1:] == (modes, hooks)
+
+
+def test_compress_end_to_end(model, data, tmp_path):
+    model[2].train()
+    model[0].register_forward_hook(lambda *a: None)
+    before = snapshot(model)
+    result = slr_gpu.compress(model, data, {"params": 0.5, "flops": 0.5}, progress=False)
+    assert_unchanged(model, before)
+    # Modes come back as they were; the user's hooks stay with the user's model.
+    assert result.model[2].training and not result.model[6].training
+    assert not result.model[0]._forward_hooks
+    report = result.report
+    assert [layer.name for layer in report.layers if layer.compressed] == ["2", "6", "9"]
+    assert {layer.reason for layer in report.layers if not layer.compressed} == {
+        "first layer", "last layer",
+    }
+    # Counts of the report against the modules themselves and torch's own counter.
+    assert report.params_kept == sum(p.numel() for p in result.model.parameters())
+    assert report.flops_kept == count_flops(result.model.eval(), (data[:1],))[0]
+    assert report.achieved["flops"] <= 0.5 and report.achieved["params"] <= 0.51
+    assert sum(layer.flops for layer in report.layers) == report.flops
+    held = [layer.error for layer in report.layers if layer.compressed]
+    assert all(0 <= error < 0.5 for error in held)
+    # A save and a load give the same bits.
+    result.model.eval()
+    result.save(tmp_path / "out")
+    loaded = slr_gpu.load(tmp_path / "out", small_network)
+    assert torch.equal(loaded(data), result.model(data))
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert saved["achieved"] == report.achieved
+    assert "kept" in str(report)
+
+
+def test_same_seed_same_bits(model, data):
+    first, second = (
+        slr_gpu.compress(model, data, {"flops": 0.4}, seed=3, samples=400, progress=False)
+        for _ in range(2)
+    )
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name])
+
+
+def test_compressed_model_is_made_of_its_decompositions(model, data, monkeypatch):
+    module = sys.modules["slr_gpu.compress"]
+    kept = {}
+
+    def remember(layer_io, **settings):
+        result = slr_gpu.fit(layer_io, **settings)
+        kept[len(kept)] = result
+        return result
+
+    monkeypatch.setattr(module, "fit", remember)
+    result = slr_gpu.compress(model, data, {"params": 0.5}, progress=False)
+    dense = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for decomposition, index in zip(kept.values(), (2, 6, 9), strict=True):
+            layer = dense[index]
+            layer.weight.copy_(torch.from_numpy(decomposition.to_dense()).reshape(layer.weight.shape))
+            if layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(len(layer.weight)))
+            layer.bias.copy_(torch.from_numpy(decomposition.bias))
+        dense[3] = nn.Identity()
+        expected = dense(data)
+    torch.testing.assert_close(result.model.eval()(data), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_asymmetric_inputs_do_better(model, data):
+    held_out = F.interpolate(
+        torch.randn(200, 2, 4, 4, generator=torch.Generator().manual_seed(9)),
+        scale_factor=2, mode="bilinear",
+    )
+    errors = {}
+    for asymmetric in (True, False):
+        result = slr_gpu.compress(
+            model, data, {"params": 0.25}, asymmetric=asymmetric, progress=False
+        )
+        with torch.no_grad():
+            errors[asymmetric] = float((result.model(held_out) - model(held_out)).square().mean())
+    assert errors[True] < errors[False]
+
+
+class Untraceable(nn.Module):
+    """Data-dependent control flow and two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 16)
+        self.c, self.d = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x, scale):
+        x = torch.relu(self.a(x) * scale)
+        if bool((x.sum() > -1).item()):
+            x = torch.relu(self.b(x))
+        return self.d(torch.relu(self.c(x)))
+
+
+def test_untraceable_model_with_two_inputs():
+    torch.manual_seed(0)
+    model = Untraceable().eval()
+    data = [(torch.randn(40, 6), torch.ones(40, 1)) for _ in range(3)]
+    result = slr_gpu.compress(model, data, {"params": 0.6}, progress=False)
+    assert {layer.name for layer in result.report.layers if layer.compressed} == {"b", "c"}
+    result.model(*data[0])
+
+
+def test_frontier_equals_rerun(model, data):
+    """Carrying batches forward gives the inputs that running from the start gives."""
+    model.eval()
+    batches = as_batches(data, model, 50)
+    carried, rerun = Frontier(model, batches), Frontier(model, batches)
+    assert carried.traced
+    rerun.traced = False
+    for name in ("0", "2", "6", "9", "11"):
+        for (_, x), (_, y) in zip(carried.inputs(name), rerun.inputs(name), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_references_are_the_responses_before_in_place_activations(data):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True)).eval()
+    batches = as_batches(data, model, 64)
+    with torch.no_grad():
+        sites = find_sites(model, lambda: model(data[:1]))
+    references = record_references(
+        model, batches, list(sites.values()), Sampler(120 * 64, 120, 0), with_inputs=True
+    )
+    with torch.no_grad():
+        expected = model[0](data).flatten(2).transpose(1, 2).reshape(-1, 3)
+    np.testing.assert_allclose(references.linear_targets["0"], expected, rtol=1e-5, atol=1e-6)
+    assert (references.linear_targets["0"] < 0).any()
+
+
+def test_options_by_name(model, data):
+    result = slr_gpu.compress(
+        model, data, {"params": 0.6}, ignore=["9"], keep_ends=False, progress=False,
+        overrides={"2": {"keep": 0.3, "form": "channels"}},
+    )
+    rows = {layer.name: layer for layer in result.report.layers}
+    assert rows["9"].reason == "ignored by name" and rows["0"].compressed
+    assert rows["2"].structure.startswith("channels")
+    assert rows["2"].params_kept <= 0.3 * rows["2"].params + 16
+
+
+def test_half_precision_model_comes_back_in_half(model, data):
+    result = slr_gpu.compress(model.half(), data, {"params": 0.5}, progress=False)
+    assert {p.dtype for p in result.model.parameters()} == {torch.float16}
+
+
+def test_unsupported_layers_are_listed(data):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1),
+    ).eval()
+    report = slr_gpu.compress(model, data, {"params": 0.8}, progress=False).report
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert "groups=8" in reasons["2"] and "ConvTranspose2d" in reasons["4"]
+    assert reasons["5"] == ""
+
+
+def raising(model, data, error, match, **settings):
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        slr_gpu.compress(model, data, **{"keep": {"flops": 0.5}, "progress": False, **settings})
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "settings,match",
+    [
+        ({"keep": {"flops": 0}}, "fraction in"),
+        ({"keep": {"flops": 1.5}}, "fraction in"),
+        ({"keep": {"flop": 0.5}}, "params or flops"),
+        ({"keep": 0.5}, "params or flops"),
+        ({"keep": {"flops": 0.001}}, "at least 0"),
+        ({"ignore": ["no.such"]}, "no.such"),
+        ({"overrides": {"no.such": {"keep": 0.5}}}, "no.such"),
+        ({"overrides": {"2": {"size": 3}}}, "keep or form"),
+        ({"form": "diagonal"}, "one of auto"),
+        ({"ignore": ["*"]}, "without a layer"),
+        ({"samples": 0}, "samples"),
+    ],
+)
+def test_bad_settings(model, data, settings, match):
+    raising(model, data, slr_gpu.InputError, match, **settings)
+
+
+def test_bad_data(model, data):
+    for bad, match in (
+        (data[:0], "at least 2"),
+        (data[:1], "at least 2"),
+        (torch.full_like(data, float("nan")), "NaN or Inf"),
+        ("images", "tensor, an array or an iterable"),
+        ([{"x": data}], "a batch of dict"),
+    ):
+        raising(model, bad, slr_gpu.InputError, match)
+    raising(model, data[:, :1], slr_gpu.ModelError, "batch 0")
+
+
+def test_bad_weights(model, data):
+    with torch.no_grad():
+        model[6].weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(slr_gpu.InputError, match="6.weight"):
+        slr_gpu.compress(model, data, {"flops": 0.5}, progress=False)
+
+
+def test_constant_inputs_do_not_break(model):
+    result = slr_gpu.compress(model, torch.ones(50, 2, 8, 8), {"flops": 0.5}, progress=False)
+    assert torch.isfinite(result.model(torch.ones(2, 2, 8, 8))).all()
+
+
+def test_load_refuses_other_models_and_broken_files(model, data, tmp_path):
+    slr_gpu.compress(model, data, {"params": 0.5}, progress=False).save(tmp_path)
+    with pytest.raises(slr_gpu.InputError, match="factory"):
+        slr_gpu.load(tmp_path, lambda: nn.Sequential(nn.Linear(2, 2)))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(slr_gpu.InputError):
+        slr_gpu.load(tmp_path, small_network)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(slr_gpu.InputError, match="schema"):
+        slr_gpu.load(tmp_path, small_network)

@@ -1,0 +1,141 @@
+"""`fit`: each way to ask, each form, what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import slr_gpu
+from slr_gpu import LayerBudget, LayerIO
+
+
+def image_like_rows(rng, rows, channels, taps=9, latent=None):
+    """im2col-like rows: correlated channels and taps."""
+    latent = latent or channels
+    mix = rng.normal(size=(latent, channels)) * (0.7 ** np.arange(latent))[:, None]
+    smooth = np.exp(-0.3 * np.abs(np.subtract.outer(np.arange(taps), np.arange(taps))))
+    field = rng.normal(size=(rows, latent, taps)) @ np.linalg.cholesky(smooth).T
+    return np.maximum(np.einsum("plt,lc->pct", field, mix), 0).reshape(rows, -1)
+
+
+@pytest.fixture(scope="module")
+def conv_io():
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(24, 16, 3, 3)) / 12
+    inputs = image_like_rows(rng, 1500, 16)
+    return LayerIO(weight.astype("f4"), rng.normal(size=24).astype("f4"), inputs.astype("f4"))
+
+
+@pytest.mark.parametrize("form", ["auto", "columns", "channels", "rotated"])
+@pytest.mark.parametrize("keep", [0.1, 0.3])
+def test_keep_is_kept_and_better_than_svd_of_the_weight(conv_io, form, keep):
+    d = slr_gpu.fit(conv_io, keep=keep, form=form)
+    n, m = conv_io.weight.shape
+    assert d.parameters - n <= keep * n * m
+    if form != "auto":
+        assert d.form == form
+    k = int(keep * n * m / (n + m))
+    U, sigma, V = np.linalg.svd(conv_io.weight, full_matrices=False)
+    svd = (U[:, :k] * sigma[:k]) @ V[:k]
+    _, held = conv_io.split(0.1)
+    X, Y = conv_io.inputs[held], conv_io.targets[held]
+
+    def error(weight, bias):
+        return float(((np.maximum(X @ weight.T + bias, 0) - Y) ** 2).sum() / (Y**2).sum())
+
+    assert error(d.to_dense(), d.bias) == pytest.approx(d.held_out_error, rel=1e-3)
+    assert d.held_out_error < error(svd, conv_io.bias)
+
+
+def test_auto_is_the_best_form(conv_io):
+    errors = {
+        form: slr_gpu.fit(conv_io, keep=0.2, form=form).held_out_error
+        for form in ("auto", "columns", "channels", "rotated")
+    }
+    assert errors["auto"] <= min(errors.values()) * 1.05
+
+
+def test_sizes_are_exact(conv_io):
+    d = slr_gpu.fit(conv_io, columns=20, rank=3)
+    assert (d.form, len(d.columns), d.rank) == ("columns", 20, 3)
+    d = slr_gpu.fit(conv_io, channels=4, rank=2)
+    assert (d.form, len(d.columns), d.rank) == ("channels", 36, 2)
+    assert np.array_equal(d.columns.reshape(-1, 9) // 9 * 0 + d.columns.reshape(-1, 9)[:, :1]
+                          + np.arange(9), d.columns.reshape(-1, 9))
+    d = slr_gpu.fit(conv_io, basis_rows=6, channels=2, rank=5)
+    assert (d.basis.shape, len(d.columns), d.rank) == ((6, 16), 18, 5)
+    np.testing.assert_allclose(d.basis @ d.basis.T, np.eye(6), atol=1e-5)
+    with_zero = slr_gpu.fit(conv_io, columns=30)
+    assert with_zero.rank == 0
+
+
+@pytest.mark.parametrize("solver", [slr_gpu.Majorize(), slr_gpu.ADMM()])
+def test_solvers_take_the_same_budget(conv_io, solver):
+    d = slr_gpu.fit(conv_io, keep=0.3, form="columns", solver=solver)
+    assert d.parameters - 24 <= 0.3 * conv_io.weight.size
+    assert d.held_out_error < 0.2
+
+
+def test_penalties(conv_io):
+    loose = slr_gpu.fit(conv_io, lambda1=0.02, lambda2=0.02, relative=True)
+    tight = slr_gpu.fit(conv_io, lambda1=0.3, lambda2=0.3, relative=True)
+    assert tight.parameters < loose.parameters <= conv_io.weight.size + 24 * 200
+    assert loose.held_out_error < tight.held_out_error
+
+
+def test_linear_objective_is_worse_after_the_activation(conv_io):
+    linear = slr_gpu.fit(conv_io, keep=0.1, objective="linear", held_out=0.0)
+    activation = slr_gpu.fit(conv_io, keep=0.1, held_out=0.0)
+    X, Y = conv_io.inputs, conv_io.targets
+
+    def error(d):
+        return float(((np.maximum(X @ d.to_dense().T + d.bias, 0) - Y) ** 2).sum())
+
+    assert error(activation) < error(linear)
+
+
+def test_linear_layer_and_smooth_activation():
+    rng = np.random.default_rng(1)
+    W = rng.normal(size=(20, 30)) * 0.3
+    X = rng.normal(size=(800, 30)) @ np.diag(0.85 ** np.arange(30))
+    io = LayerIO(W, rng.normal(size=20), X, activation="gelu")
+    d = slr_gpu.fit(io, keep=0.4)
+    assert d.parameters - 20 <= 0.4 * 600 and d.held_out_error < 0.05
+
+
+def test_budget_of_another_cost(conv_io):
+    limit = 0.25 * conv_io.weight.size
+    budget = LayerBudget(24, 16, 9, ((1.0, limit), (4.0, limit)))
+    d = slr_gpu.fit(conv_io, budget=budget)
+    for weight in (1.0, 4.0):
+        assert d.structure.cost(24, 16, 9, weight) <= limit
+
+
+def test_same_call_same_bits(conv_io):
+    a, b = slr_gpu.fit(conv_io, keep=0.2), slr_gpu.fit(conv_io, keep=0.2)
+    assert np.array_equal(a.to_dense(), b.to_dense())
+
+
+@pytest.mark.parametrize(
+    "settings,match",
+    [
+        ({}, "no budget"),
+        ({"keep": 0}, "in \\(0, 1\\]"),
+        ({"keep": 1.2}, "in \\(0, 1\\]"),
+        ({"keep": 1e-4}, "keep of at least"),
+        ({"keep": 0.3, "rank": 2}, "exactly one"),
+        ({"columns": 2, "channels": 2}, "one of them"),
+        ({"columns": 10_000}, "integer in"),
+        ({"rank": -1}, "integer in"),
+        ({"lambda1": 0.1}, "number >= 0"),
+        ({"keep": 0.3, "form": "diagonal"}, "one of auto"),
+        ({"keep": 0.3, "objective": "cubic"}, "activation"),
+        ({"keep": 0.3, "ridge": 0.0}, "positive"),
+        ({"keep": 0.3, "held_out": 0.9}, "fraction in"),
+        ({"keep": 0.3, "device": "tpu"}, "cuda"),
+        ({"basis_rows": 4, "columns": 3}, "basis"),
+    ],
+)
+def test_bad_requests(conv_io, settings, match):
+    with pytest.raises(slr_gpu.InputError, match=match):
+        slr_gpu.fit(conv_io, **settings)

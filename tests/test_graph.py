@@ -1,0 +1,131 @@
+"""What follows a layer, on models written in every style."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slr_gpu.graph import find_sites, fold_batch_norm
+
+
+class Functional(nn.Module):
+    """Functions, methods, in-place operations and data-dependent control flow."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3, padding=1)
+        self.b = nn.Conv2d(4, 4, 3, padding=1)
+        self.c = nn.Conv2d(4, 4, 3, padding=1)
+        self.d = nn.Conv2d(4, 4, 1)
+        self.e = nn.Linear(4, 4)
+        self.f = nn.Linear(4, 4)
+        self.g = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        x = self.b(x).relu_()
+        skip = self.c(x)
+        x = F.relu(skip + x)
+        if float(x.sum()) > -1:  # torch.fx cannot trace this
+            x = F.leaky_relu(self.d(x), 0.2)
+        x = x.mean((2, 3))
+        x = F.gelu(self.e(x), approximate="tanh")
+        x = torch.clamp(self.f(x), min=0)
+        return F.dropout(self.g(x), training=False).sigmoid()
+
+
+def sites_of(model, x):
+    model.eval()
+    with torch.no_grad():
+        return find_sites(model, lambda: model(x))
+
+
+def test_activations_are_found_by_execution():
+    sites = sites_of(Functional(), torch.randn(2, 3, 5, 5))
+    found = {name: site.activation for name, site in sites.items()}
+    assert found == {
+        "a": "relu",
+        "b": "relu",
+        "c": "identity",
+        "d": "leaky_relu(0.2)",
+        "e": "gelu_tanh",
+        "f": "identity",
+        "g": "sigmoid",
+        "unused": "identity",
+    }
+    assert sites["unused"].calls == 0 and list(sites)[-1] == "unused"
+
+
+@pytest.mark.parametrize(
+    "module,name",
+    [
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.ReLU6(), "clamp(0,6)"),
+        (nn.Hardtanh(-2, 2), "clamp(-2,2)"),
+        (nn.SiLU(), "silu"),
+        (nn.GELU(), "gelu"),
+        (nn.Hardswish(), "hardswish"),
+        (nn.Tanh(), "tanh"),
+        (nn.MaxPool2d(2), "identity"),
+        (nn.ELU(), "identity"),
+    ],
+)
+def test_activation_modules(module, name):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), module)
+    site = sites_of(model, torch.randn(2, 3, 6, 6))["0"]
+    assert site.activation == name and site.batch_norm == "1"
+
+
+def test_response_used_twice_is_identity():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.bn = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.bn(y) + F.relu(y)
+
+    site = sites_of(Twice(), torch.randn(4, 3))["a"]
+    assert site.activation == "identity" and site.batch_norm is None
+
+
+def test_shared_module_is_counted():
+    shared = nn.Linear(3, 3)
+    site = sites_of(nn.Sequential(shared, nn.ReLU(), shared), torch.randn(4, 3))["0"]
+    assert site.calls == 2
+
+
+def test_folding_keeps_the_function_and_shared_norms_are_left():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 6, 6)
+    site = sites_of(model, x)["0"]
+    before = model(x)
+    fold_batch_norm(model, site)
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    assert isinstance(model[1], nn.Identity)
+    norm = nn.BatchNorm2d(3)
+    twice = nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.Conv2d(3, 3, 1), norm)
+    assert all(site.batch_norm is None for site in sites_of(twice, x).values())
+
+
+def test_hooks_are_removed_after_an_error():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x):
+            self.a(x)
+            raise ValueError("broken")
+
+    model = Broken().eval()
+    with pytest.raises(ValueError, match="broken"):
+        find_sites(model, lambda: model(torch.randn(2, 3)))
+    assert not model.a._forward_hooks and not model.a._forward_pre_hooks
