@@ -69,6 +69,11 @@ class Activation:
         return self.linear_where is not None
 
 
+def _text(number: float) -> str:
+    """A number as `get` reads it back, without a needless ``.0``."""
+    return repr(int(number)) if number == int(number) else repr(number)
+
+
 def _identity() -> Activation:
     return Activation(
         "identity",
@@ -96,10 +101,12 @@ def _relu() -> Activation:
 
 
 def _clamp(low: float, high: float) -> Activation:
-    if not low < high:
-        raise InputError(complain(f"clamp({low:g}, {high:g})", "low < high", "Swap the limits."))
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise InputError(
+            complain(f"clamp({low},{high})", "finite limits, low < high", "Use relu for no upper.")
+        )
     return Activation(
-        f"clamp({low:g},{high:g})",
+        f"clamp({_text(low)},{_text(high)})",
         value=lambda ops, z: ops.xp.clip(z, low, high),
         slope=lambda ops, z: ((z > low) & (z < high)).astype(z.dtype),
         cuda_value=f"(z < T({low!r}) ? T({low!r}) : (z > T({high!r}) ? T({high!r}) : z))",
@@ -118,7 +125,7 @@ def _leaky_relu(a: float) -> Activation:
             complain(f"leaky_relu({a:g})", "a negative slope in [0, 1)", "Use identity or relu.")
         )
     return Activation(
-        f"leaky_relu({a:g})",
+        f"leaky_relu({_text(a)})",
         value=lambda ops, z: ops.xp.where(z > 0, z, a * z),
         slope=lambda ops, z: ops.xp.where(z > 0, z.dtype.type(1), z.dtype.type(a)),
         cuda_value=f"(z > T(0) ? z : T({a!r}) * z)",
@@ -215,7 +222,8 @@ def _gelu_tanh() -> Activation:
 
 def _hardswish() -> Activation:
     def value(ops, z):
-        return z * ops.xp.clip(z + 3, 0, 6) / 6
+        # The outer where keeps -inf from giving -inf * 0.
+        return ops.xp.where(z <= -3, z.dtype.type(0), z * ops.xp.clip(z + 3, 0, 6) / 6)
 
     def slope(ops, z):
         xp = ops.xp

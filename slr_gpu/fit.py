@@ -11,7 +11,14 @@ import numbers
 from typing import Any
 
 from . import activations
-from .curves import Candidate, LayerBudget, candidates, check_form
+from .curves import (
+    Candidate,
+    LayerBudget,
+    candidates,
+    check_form,
+    held_out_error,
+    rotated,
+)
 from .decomposition import Decomposition, Structure
 from .errors import InputError, complain
 from .layer_io import LayerIO
@@ -237,13 +244,9 @@ def _searched(
     found = candidates(problem, budget, form=form)
     if not len(problem.Xh):
         return found[0]
-    closed_form = Majorize(iterations=0)
     # Held-out rows separate candidates whose linear errors are close; the rest cannot win.
     close = [c for c in found if c.error <= 1.25 * found[0].error + 1e-6]
-    errors = [
-        closed_form.solve(c.problem, c.structure, c.support).held_out_error for c in close
-    ]
-    return close[min(range(len(close)), key=errors.__getitem__)]
+    return min(close, key=held_out_error)
 
 
 def _sized(
@@ -253,12 +256,10 @@ def _sized(
     basis_rows: int | None,
     rank: int | None,
 ) -> Candidate:
-    from .curves import rotation
-
     rank = rank or 0
     if basis_rows is not None:
         structure = Structure("rotated", channels or 0, rank, basis_rows)
-        view = problem.in_basis(rotation(problem)[:basis_rows])
+        view = rotated(problem, min(2 * basis_rows, problem.channels)).truncated(basis_rows)
         return Candidate(structure, float("nan"), view)
     form = "channels" if channels is not None else "columns"
     structure = Structure(form, (channels if channels is not None else columns) or 0, rank)
@@ -268,12 +269,10 @@ def _sized(
 
 def _best_ridge(chosen: Candidate) -> Candidate:
     """The same candidate with the ridge whose closed form has the least held-out error."""
-    closed_form = Majorize(iterations=0)
-    best, best_error = chosen, float("inf")
-    for ridge in RIDGES:
-        view = chosen.problem.with_ridge(ridge)
-        error = closed_form.solve(view, chosen.structure, chosen.support).held_out_error
-        if error < best_error:
-            best = Candidate(chosen.structure, chosen.error, view, chosen.support)
-            best_error = error
-    return best
+    views = [
+        Candidate(
+            chosen.structure, chosen.error, chosen.problem.with_ridge(ridge), chosen.support
+        )
+        for ridge in RIDGES
+    ]
+    return min(views, key=held_out_error)

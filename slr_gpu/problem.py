@@ -19,19 +19,29 @@ and truncated input channels; all else then works in it unchanged.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 from .activations import Activation
+from .decomposition import Structure
 from .errors import InputError, complain
 from .layer_io import LayerIO
 from .ops import NumpyOps
+from .penalties import low_rank_projection
 
 Array = Any
 
 # Rows a block of the sweeps over samples: large enough for full GEMM speed, small enough that a
 # block's responses stay near the cache.
 BLOCK = 4096
+# The Gram matrix is added up in float64 after each block: fewer, larger ones.
+GRAM_BLOCK = 16384
+# Cached attributes that belong to one choice of coordinates and rows.
+_COORDINATES = (
+    "scatter", "G", "metric", "channel_gram", "start_correlation", "start_rhs", "target",
+    "target_energy",
+)
 
 
 class Metric:
@@ -87,12 +97,15 @@ class ResponseProblem:
 
     Attributes
     ----------
-    X, Y, Z : array, (P, m), (P, n), (P, n) or None
-        Fitted rows: inputs, responses after and (where known) before the activation.
-    W, bias : array, (n, m), (n,)
+    X, Y, Z : array, (P, m), (P, n), (P, n)
+        Fitted rows: inputs, responses wanted after and before the activation.
+    Xh, Yh : array
+        Held-out rows.
+    W, bias : float64 array, (n, m), (n,)
         The original weight, in the coordinates of this problem.
-    G : float64 array, (m, m)
-        Centred Gram matrix with the ridge on its diagonal.
+    x_mean, z_mean : float64 array, (m,), (n,)
+    rho : float
+        The ridge.
     basis : array, (r, c), or None
     """
 
@@ -127,44 +140,89 @@ class ResponseProblem:
         dtype = layer_io.inputs.dtype
 
         def rows(array, which):
-            return None if array is None else ops.asarray(array[which], dtype)
+            return ops.asarray(array[which], dtype)
 
+        xp = ops.xp
         self.X, self.Xh = rows(layer_io.inputs, fitted), rows(layer_io.inputs, held)
         self.Y, self.Yh = rows(layer_io.targets, fitted), rows(layer_io.targets, held)
-        self.Z = rows(layer_io.linear_targets, fitted)
-        if self.activation.is_identity and not layer_io.activation.is_identity:
+        self.W = ops.asarray(layer_io.weight, xp.float64)
+        self.bias = ops.asarray(layer_io.bias, xp.float64)
+        if layer_io.linear_targets is not None:
+            self.Z = rows(layer_io.linear_targets, fitted)
+        else:
+            self.Z = self.X @ self.W.astype(dtype).T + self.bias.astype(dtype)
+        if self.activation.is_identity:
             # A linear fit aims at the response before the activation, held-out stays after it.
-            if self.Z is None:
-                self.Z = self.X @ ops.asarray(layer_io.weight, dtype).T + ops.asarray(
-                    layer_io.bias, dtype
-                )
+            if layer_io.activation.is_identity:
+                self.Z = self.Y
             self.Y = self.Z
-        self.W = ops.asarray(layer_io.weight, ops.xp.float64)
-        self.bias = ops.asarray(layer_io.bias, ops.xp.float64)
-        self._form_gram(ridge)
-
-    def _form_gram(self, ridge: float) -> None:
-        xp = self.ops.xp
-        P, m = self.X.shape
         self.x_mean = self.X.mean(axis=0, dtype=xp.float64)
+        self.z_mean = self.Z.mean(axis=0, dtype=xp.float64)
+        squares = sum(
+            float(xp.square(block).sum(dtype=xp.float64)) for block in self._centred_blocks()
+        )
+        self._ridge_unit = max(squares / self.width, 1e-30)
+        self.rho = ridge * self._ridge_unit
+        centred = float(xp.square(self.Z - self.z_mean.astype(dtype)).sum(dtype=xp.float64))
+        self._energies = (centred, float(xp.sum(self.W**2)))
+
+    def _centred_blocks(self) -> Iterator[Array]:
+        """Blocks of Xc. Centred before squaring: else nearly constant inputs leave rounding."""
         mean = self.x_mean.astype(self.X.dtype)
-        G = xp.zeros((m, m))
-        for start in range(0, P, BLOCK):
-            # Centred before squaring: nearly constant inputs would leave only rounding after.
-            block = self.X[start : start + BLOCK] - mean
-            G += block.T @ block
-        self.ridge_scale = max(float(xp.trace(G)) / m, 1e-30)
-        self.rho = ridge * self.ridge_scale
-        G[xp.arange(m), xp.arange(m)] += self.rho
-        self.G = G
+        for start in range(0, self.rows, GRAM_BLOCK):
+            yield self.X[start : start + GRAM_BLOCK] - mean
+
+    @cached_property
+    def scatter(self) -> Array:
+        """``Xcᵀ Xc`` (m, m), float64."""
+        scatter = self.ops.xp.zeros((self.width, self.width))
+        for block in self._centred_blocks():
+            scatter += block.T @ block
+        return scatter
+
+    @cached_property
+    def G(self) -> Array:
+        """``Xcᵀ Xc + rho I`` (m, m), float64."""
+        diagonal = self.ops.xp.arange(self.width)
+        G = self.scatter.copy()
+        G[diagonal, diagonal] += self.rho
+        return G
+
+    @cached_property
+    def channel_gram(self) -> Array:
+        """Mean over taps of G's diagonal channel blocks (c, c): no (m, m) matrix is formed."""
+        xp, groups = self.ops.xp, self.groups
+        total = xp.zeros((groups, groups))
+        for block in self._centred_blocks():
+            taps_first = block.reshape(-1, groups, self.taps).transpose(0, 2, 1)
+            rows = taps_first.reshape(-1, groups)
+            total += rows.T @ rows
+        return total / self.taps + self.rho * xp.eye(groups)
 
     def with_ridge(self, ridge: float) -> ResponseProblem:
         """The same problem with another ridge, sharing the arrays over samples."""
-        other = self._derived()
-        other.rho = ridge * self.ridge_scale
-        diagonal = self.ops.xp.arange(len(self.G))
-        other.G = self.G.copy()
-        other.G[diagonal, diagonal] += other.rho - self.rho
+        self.scatter, self.start_correlation  # noqa: B018  (computed once, then shared)
+        other = self._without("G", "metric", "start_rhs", "target", "channel_gram")
+        other.rho = ridge * self._ridge_unit
+        return other
+
+    def thinned(self, rows: int) -> ResponseProblem:
+        """A problem on about so many of the fitted rows, evenly spread, for rough estimates."""
+        step = -(-self.rows // rows)
+        if step == 1:
+            return self
+        other = self._without(*_COORDINATES)
+        other.X, other.Y, other.Z = self.X[::step], self.Y[::step], self.Z[::step]
+        share = other.rows / self.rows
+        other.rho, other._ridge_unit = self.rho * share, self._ridge_unit * share
+        other._energies = (self._energies[0] * share, self._energies[1])
+        return other
+
+    def _without(self, *names: str) -> ResponseProblem:
+        """A shallow copy that forgets these cached attributes."""
+        other = copy.copy(self)
+        for name in names:
+            other.__dict__.pop(name, None)
         return other
 
     @property
@@ -178,7 +236,7 @@ class ResponseProblem:
     @property
     def width(self) -> int:
         """Columns m of the problem in its coordinates."""
-        return len(self.G)
+        return self.W.shape[1]
 
     @property
     def groups(self) -> int:
@@ -194,22 +252,13 @@ class ResponseProblem:
 
     @cached_property
     def start_correlation(self) -> Array:
-        """``D = Zcᵀ Xc`` (n, m); ``W G`` without the ridge where Z is the layer's own response."""
-        xp = self.ops.xp
-        if self.Z is None:
-            return self.W @ self.G - self.rho * self.W
-        D = xp.zeros(self.W.shape)
-        mean = self.x_mean.astype(self.X.dtype)
-        for start in range(0, self.rows, BLOCK):
-            rows = slice(start, start + BLOCK)
-            D += self.Z[rows].T @ (self.X[rows] - mean)
+        """``D = Zcᵀ Xc`` (n, m), float64."""
+        D = self.ops.xp.zeros(self.W.shape)
+        start = 0
+        for block in self._centred_blocks():
+            D += self.Z[start : start + len(block)].T @ block
+            start += len(block)
         return D
-
-    @cached_property
-    def z_mean(self) -> Array:
-        if self.Z is None:
-            return self.W @ self.x_mean + self.bias
-        return self.Z.mean(axis=0, dtype=self.ops.xp.float64)
 
     @cached_property
     def start_rhs(self) -> Array:
@@ -230,15 +279,6 @@ class ResponseProblem:
         """
         response, weight = self._energies
         return response + self.rho * weight
-
-    @cached_property
-    def _energies(self) -> tuple[float, float]:
-        xp = self.ops.xp
-        weight = float(xp.sum(self.W**2))
-        if self.Z is None:
-            return float(xp.sum((self.W @ self.G) * self.W)) - self.rho * weight, weight
-        squares = float(xp.sum(xp.square(self.Z), dtype=xp.float64))
-        return squares - self.rows * float(self.z_mean @ self.z_mean), weight
 
     def linear_bias(self, M: Array) -> Array:
         """The best bias of M before the activation."""
@@ -314,10 +354,10 @@ class ResponseProblem:
 
     def to_basis(self, array: Array, basis: Array) -> Array:
         """``array Eᵀ`` for E = basis ⊗ I_taps and rows of m columns."""
-        # Channels last for one large GEMM; a batch of (r, c) x (c, taps) products is far slower.
+        # Taps first for one large GEMM; a batch of (r, c) x (c, taps) products is far slower.
         P, r = len(array), len(basis)
-        taps_first = array.reshape(P, self.channels, self.taps).transpose(0, 2, 1)
-        turned = taps_first.reshape(-1, self.channels) @ basis.astype(array.dtype).T
+        taps_first = array.reshape(P, self.groups, self.taps).transpose(0, 2, 1)
+        turned = taps_first.reshape(P * self.taps, self.groups) @ basis.astype(array.dtype).T
         return turned.reshape(P, self.taps, r).transpose(0, 2, 1).reshape(P, r * self.taps)
 
     def in_basis(self, basis: Array) -> ResponseProblem:
@@ -325,40 +365,64 @@ class ResponseProblem:
 
         Parameters
         ----------
-        basis : array, (r, c)
-            Orthonormal rows, so that the ridge stays a multiple of the identity.
+        basis : array, (r, groups)
+            Orthonormal rows, so that the ridge stays a multiple of the identity. Applied after
+            the basis that the problem already has.
         """
-        other = self._derived()
-        other.start_correlation = self.to_basis(self.start_correlation, basis)
+        other = self._without(*_COORDINATES)
         other.W = self.to_basis(self.W, basis)
         other.x_mean = self.to_basis(self.x_mean[None], basis)[0]
-        other.G = self.to_basis(self.to_basis(self.G, basis).T, basis)
-        other.Xh = self.to_basis(self.Xh, basis)
-        other.basis, other._unrotated = basis, self.X
-        other.__dict__.pop("X", None)
+        other.X, other.Xh = self.to_basis(self.X, basis), self.to_basis(self.Xh, basis)
+        other.basis = basis if self.basis is None else basis @ self.basis
         return other
 
     def truncated(self, r: int) -> ResponseProblem:
         """The first r channels of a problem that is in a basis; its factorisation is shared."""
         width = r * self.taps
-        other = self._derived()
-        other.start_correlation = self.start_correlation[:, :width]
+        other = self._without(*_COORDINATES)
         other.W, other.x_mean = self.W[:, :width], self.x_mean[:width]
-        other.G, other.Xh = self.G[:width, :width], self.Xh[:, :width]
+        other.X, other.Xh = self.X[:, :width], self.Xh[:, :width]
+        other.scatter = self.scatter[:width, :width]
+        other.start_correlation = self.start_correlation[:, :width]
         other.metric = self.metric.leading(width)
         other.basis = self.basis[:r]
-        other.__dict__.pop("X", None)
         return other
 
-    @cached_property
-    def X(self) -> Array:
-        """Fitted input rows in the problem's coordinates; rotated when first needed."""
-        return self.to_basis(self._unrotated, self.basis)
 
-    def _derived(self) -> ResponseProblem:
-        """A copy that shares what does not depend on the coordinates or the ridge."""
-        self._energies, self.z_mean, self.start_correlation  # noqa: B018  (computed once)
-        other = copy.copy(self)
-        for name in ("metric", "start_rhs", "target"):
-            other.__dict__.pop(name, None)
-        return other
+def ordered_metric(
+    problem: ResponseProblem, structure: Structure, support: Array | None
+) -> tuple[Metric, int]:
+    """A metric whose first columns are the support, and how many those are."""
+    if structure.form == "rotated":
+        return problem.metric, structure.s * problem.taps
+    return metric_of(problem, support)
+
+
+def metric_of(problem: ResponseProblem, support: Array) -> tuple[Metric, int]:
+    """A metric whose first columns are these, and how many those are."""
+    xp = problem.ops.xp
+    mask = xp.zeros(problem.width, dtype=bool)
+    mask[xp.asarray(support, dtype=xp.int64)] = True
+    order = xp.concatenate([xp.flatnonzero(mask), xp.flatnonzero(~mask)])
+    return Metric(problem.ops, problem.G, order), len(support)
+
+
+def project(metric: Metric, F: Array, kept: int, k: int) -> tuple[Array, Array, Array]:
+    """Nearest ``(A on S) + (rank k elsewhere)`` in the metric, S being its first columns.
+
+    Parameters
+    ----------
+    metric : Metric
+    F : array, (n, m)
+        Whitened target.
+    kept, k : int
+        Columns in S; rank.
+
+    Returns
+    -------
+    F, M, U : array, (n, m), (n, m), (n, k)
+        The projection, whitened and not (DESIGN 2, consequence 2).
+    """
+    low_rank, U = low_rank_projection(metric.ops, F[:, kept:], k)
+    F = metric.ops.xp.concatenate([F[:, :kept], low_rank], axis=1)
+    return F, metric.unwhiten(F), U

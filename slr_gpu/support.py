@@ -46,13 +46,19 @@ class SupportSearch:
     problem : ResponseProblem
     size : int
         Columns a group: 1, or the kernel's taps for whole channels.
+    exact : bool
+        False takes the original weight for T, which it nearly is: no factorisation of G, but
+        only `evaluate` and `grow` make sense.
     """
 
-    def __init__(self, problem: ResponseProblem, size: int) -> None:
-        self.problem, self.size = problem, size
+    def __init__(self, problem: ResponseProblem, size: int, *, exact: bool = True) -> None:
+        self.problem, self.size, self.exact = problem, size, exact
         self.groups = problem.width // size
-        self.rhs, self.G = problem.start_rhs, problem.G
-        self.target_gram = problem.target @ self.rhs.T  # T G Tᵀ
+        self.G = problem.G
+        self.rhs = problem.start_rhs
+        target = problem.target if exact else problem.W
+        gram = target @ self.rhs.T
+        self.target_gram = (gram + gram.T) / 2  # T G Tᵀ
 
     def evaluate(self, groups: Array, k: int) -> Support:
         """Linear error (times P) of the best A on `groups` with the best U V of rank k."""
@@ -93,16 +99,26 @@ class SupportSearch:
         gains[support.groups] = -xp.inf
         return gains
 
+    def weight(self, support: Support) -> Array:
+        """The weight (n, m) of a support: ``U Uᵀ T`` outside it, the best A on it."""
+        solve = self.problem.ops.scipy.linalg.solve_triangular
+        target = self.problem.target if self.exact else self.problem.W
+        M = support.U @ (support.U.T @ target)
+        if len(support.columns):
+            M[:, support.columns] = 0
+            rhs = self.rhs[:, support.columns] - M @ self.G[:, support.columns]
+            half = solve(support.L, rhs.T, lower=True, check_finite=False)
+            A = solve(support.L, half, lower=True, trans=1, check_finite=False).T
+            M[:, support.columns] = A
+        return M
+
     def costs(self, support: Support) -> Array:
         """What dropping each group of the support would cost at fixed U."""
         ops, xp = self.problem.ops, self.problem.ops.xp
-        solve = ops.scipy.linalg.solve_triangular
-        low_rank = support.U @ (support.U.T @ self.problem.target)
-        low_rank[:, support.columns] = 0
-        rhs = self.rhs[:, support.columns] - low_rank @ self.G[:, support.columns]
-        inverse = solve(support.L, xp.eye(len(support.L)), lower=True, check_finite=False)
-        A = (rhs @ inverse.T) @ inverse
+        A = self.weight(support)[:, support.columns]
         A = A - support.U @ (support.U.T @ A)
+        solve = ops.scipy.linalg.solve_triangular
+        inverse = solve(support.L, xp.eye(len(support.L)), lower=True, check_finite=False)
         rows = xp.ascontiguousarray(inverse.T).reshape(-1, self.size, len(inverse))
         return self._energy(A, xp.matmul(rows, rows.transpose(0, 2, 1)))
 

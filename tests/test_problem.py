@@ -9,8 +9,8 @@ from slr_gpu.errors import InputError
 from slr_gpu.layer_io import LayerIO
 from slr_gpu.ops import NumpyOps
 from slr_gpu.penalties import low_rank_projection
-from slr_gpu.problem import Metric, ResponseProblem
-from slr_gpu.solvers.majorize import Majorize, closed_form, metric_of
+from slr_gpu.problem import Metric, ResponseProblem, metric_of
+from slr_gpu.solvers.majorize import Majorize, closed_form
 
 OPS = NumpyOps()
 

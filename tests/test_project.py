@@ -118,5 +118,5 @@ def test_readme_names_every_extra():
     readme = (ROOT / "README.md").read_text()
     project = (ROOT / "pyproject.toml").read_text()
     extras = re.search(r"optional-dependencies\]\n(.*?)\n\n", project, re.DOTALL)[1]
-    for extra in re.findall(r"^(\w+) =", extras, re.MULTILINE):
+    for extra in re.findall(r"^([\w-]+) =", extras, re.MULTILINE):
         assert extra in readme, extra

@@ -14,6 +14,7 @@ import scipy.linalg
 import scipy.special
 
 from ..activations import Activation
+from ..errors import InputError, complain
 
 Array = Any
 
@@ -38,7 +39,9 @@ class NumpyOps:
     def asarray(self, array: Array, dtype: Any = None) -> Array:
         """Bring an array (NumPy, CuPy or torch) to this device, without a copy where possible."""
         if hasattr(array, "detach"):
-            array = array.detach().cpu().numpy()
+            array = array.detach().cpu()
+            # NumPy has no bfloat16.
+            array = (array.float() if "bfloat16" in str(array.dtype) else array).numpy()
         return numpy.asarray(array, dtype=dtype)
 
     def to_numpy(self, array: Array) -> numpy.ndarray:
@@ -93,7 +96,9 @@ class NumpyOps:
             C = C - dual / M.dtype.type(t)
         b, n, m = C.shape
         grouped = C.reshape(b, n, m // group_size, group_size)
-        norms = xp.sqrt((grouped * grouped).sum(axis=(1, 3)))
+        # Summed in float64: squares of tiny float32 entries underflow.
+        squares = xp.square(grouped, dtype=xp.float64).sum(axis=(1, 3))
+        norms = xp.sqrt(squares).astype(C.dtype)
         tau = xp.broadcast_to(xp.asarray(tau, dtype=C.dtype).reshape(-1, 1), (b, 1))
         dropped = norms <= tau
         scale = xp.where(dropped, 0, 1 - tau / xp.where(dropped, 1, norms)).astype(C.dtype)
@@ -118,12 +123,18 @@ class NumpyOps:
             Singular values of M, descending.
         rank : int array, (b,)
             Number of singular values above tau.
+
+        A matrix with NaN or Inf gives NaN in X and sigma and rank 0; the others are not affected.
         """
         xp = self.xp
+        bad = ~xp.isfinite(M).all(axis=(1, 2))
+        M = xp.where(bad[:, None, None], 0, M).astype(M.dtype)
         U, sigma, Vt = xp.linalg.svd(M, full_matrices=False)
         tau = xp.asarray(tau, dtype=M.dtype).reshape(-1, 1)
         shrunk = xp.maximum(sigma - tau, 0)
-        return (U * shrunk[:, None, :]) @ Vt, sigma, (shrunk > 0).sum(axis=1)
+        X = (U * shrunk[:, None, :]) @ Vt
+        X[bad], sigma[bad] = xp.nan, xp.nan
+        return X, sigma, (shrunk > 0).sum(axis=1)
 
     def masked_gradient(
         self,
@@ -157,6 +168,14 @@ class NumpyOps:
             Summed over samples and outputs.
         """
         xp = self.xp
+        if convex and activation.linear_where is None:
+            raise InputError(
+                complain(
+                    f"convex=True for {activation.name}",
+                    "an activation with a convex surrogate (relu, clamp, leaky_relu, identity)",
+                    "Pass convex=False.",
+                )
+            )
         z = Z if bias is None else Z + bias[:, None, :]
         value, slope = activation.value(self, z), activation.slope(self, z)
         if convex:

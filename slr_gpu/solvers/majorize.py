@@ -19,9 +19,12 @@ from typing import Any
 
 from ..decomposition import Decomposition, Status, Structure
 from ..penalties import low_rank_projection
-from ..problem import Metric, ResponseProblem
+from ..problem import Metric, ResponseProblem, metric_of, ordered_metric, project
 
 Array = Any
+
+# Factor by which a majoriser is flattened after a step that lowered the objective.
+FLATTER = 0.7
 
 
 @dataclass
@@ -83,20 +86,26 @@ class Majorize:
     ) -> MajorizeState:
         """One majorisation, projection and sweep; `state` must have been evaluated.
 
-        For activations whose curvature is only estimated, the majoriser is made steeper until
-        the objective falls, or the old state is returned.
+        Where few responses are active the loss is much flatter than its majoriser, so flatter
+        ones are tried while the objective keeps falling. At the activation's own curvature the
+        step is accepted as it is (for proven bounds), or made steeper until the objective falls;
+        if it never does, the old state is returned.
         """
+        bound = problem.activation.curvature
         whitened = state.metric.whiten(state.RtX + problem.rho * (problem.W - state.M))
         curvature = state.curvature
-        for _ in range(8):
+        while curvature <= 256 * bound:
             new = MajorizeState(state.metric, state.kept, None, None, None, None, curvature)
-            project(problem, new, state.F + whitened / curvature, structure.k)
+            place(new, state.F + whitened / curvature, structure.k)
             shift = (new.M - state.M) @ problem.x_mean
             new.bias = state.bias + state.R_mean / curvature - shift
             self.evaluate(problem, new)
-            if problem.activation.exact or new.objective <= state.objective:
+            if new.objective <= state.objective:
+                new.curvature = max(curvature * FLATTER, bound / 16)
                 return new
-            curvature *= 2
+            if problem.activation.exact and curvature == bound:
+                return new
+            curvature = bound if curvature < bound else 2 * curvature
         return state
 
     def solve(
@@ -150,36 +159,16 @@ class Majorize:
                 break
         return assemble(problem, structure, best, status, history)
 
-def ordered_metric(
-    problem: ResponseProblem, structure: Structure, support: Array | None
-) -> tuple[Metric, int]:
-    """A metric whose first columns are the support, and how many those are."""
-    if structure.form == "rotated":
-        return problem.metric, structure.s * problem.taps
-    return metric_of(problem, support)
 
-
-def metric_of(problem: ResponseProblem, support: Array) -> tuple[Metric, int]:
-    """A metric whose first columns are these, and how many those are."""
-    xp = problem.ops.xp
-    mask = xp.zeros(problem.width, dtype=bool)
-    mask[xp.asarray(support, dtype=xp.int64)] = True
-    order = xp.concatenate([xp.flatnonzero(mask), xp.flatnonzero(~mask)])
-    return Metric(problem.ops, problem.G, order), len(support)
-
-
-def project(problem: ResponseProblem, state: MajorizeState, F: Array, k: int) -> None:
-    """Set F, M and U of a state to the projection of F: kept on S, rank k elsewhere."""
-    kept = state.kept
-    low_rank, state.U = low_rank_projection(problem.ops, F[:, kept:], k)
-    state.F = problem.ops.xp.concatenate([F[:, :kept], low_rank], axis=1)
-    state.M = state.metric.unwhiten(state.F)
+def place(state: MajorizeState, F: Array, k: int) -> None:
+    """Put a state at the projection of F."""
+    state.F, state.M, state.U = project(state.metric, F, state.kept, k)
 
 
 def closed_form(problem: ResponseProblem, metric: Metric, kept: int, k: int) -> MajorizeState:
     """Minimiser of the linear problem over A on the metric's first columns plus rank k."""
     state = MajorizeState(metric, kept, None, None, None, None, problem.activation.curvature)
-    project(problem, state, metric.whiten(problem.start_rhs), k)
+    place(state, metric.whiten(problem.start_rhs), k)
     state.bias = problem.linear_bias(state.M)
     return state
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..decomposition import Decomposition, Status, Structure
-from ..problem import ResponseProblem
-from .majorize import Majorize, assemble, closed_form, metric_of, state_of
+from ..problem import ResponseProblem, metric_of
+from .majorize import Majorize, assemble, closed_form, state_of
 
 Array = Any
 
