@@ -17,6 +17,7 @@ from .curves import (
     candidates,
     check_form,
     held_out_error,
+    refine_basis,
     rotated,
 )
 from .decomposition import Decomposition, Structure
@@ -259,8 +260,7 @@ def _sized(
     rank = rank or 0
     if basis_rows is not None:
         structure = Structure("rotated", channels or 0, rank, basis_rows)
-        view = rotated(problem, min(2 * basis_rows, problem.channels)).truncated(basis_rows)
-        return Candidate(structure, float("nan"), view)
+        return refine_basis(rotated(problem, min(2 * basis_rows, problem.channels)), structure)
     form = "channels" if channels is not None else "columns"
     structure = Structure(form, (channels if channels is not None else columns) or 0, rank)
     support, error = select_support(problem, structure)

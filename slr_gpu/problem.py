@@ -34,12 +34,12 @@ Array = Any
 
 # Rows a block of the sweeps over samples: large enough for full GEMM speed, small enough that a
 # block's responses stay near the cache.
-BLOCK = 4096
+BLOCK = 2048
 # The Gram matrix is added up in float64 after each block: fewer, larger ones.
 GRAM_BLOCK = 16384
 # Cached attributes that belong to one choice of coordinates and rows.
 _COORDINATES = (
-    "scatter", "G", "metric", "channel_gram", "start_correlation", "start_rhs", "target",
+    "Xc", "scatter", "G", "metric", "channel_gram", "start_correlation", "start_rhs", "target",
     "target_energy",
 )
 
@@ -97,10 +97,10 @@ class ResponseProblem:
 
     Attributes
     ----------
-    X, Y, Z : array, (P, m), (P, n), (P, n)
-        Fitted rows: inputs, responses wanted after and before the activation.
+    Xc, Y, Z : array, (P, m), (P, n), (P, n)
+        Fitted rows: inputs less `x_mean`, responses wanted after and before the activation.
     Xh, Yh : array
-        Held-out rows.
+        Held-out rows; the inputs less the same mean.
     W, bias : float64 array, (n, m), (n,)
         The original weight, in the coordinates of this problem.
     x_mean, z_mean : float64 array, (m,), (n,)
@@ -143,40 +143,46 @@ class ResponseProblem:
             return ops.asarray(array[which], dtype)
 
         xp = ops.xp
-        self.X, self.Xh = rows(layer_io.inputs, fitted), rows(layer_io.inputs, held)
+        self.Xc, self.Xh = rows(layer_io.inputs, fitted), rows(layer_io.inputs, held)
         self.Y, self.Yh = rows(layer_io.targets, fitted), rows(layer_io.targets, held)
         self.W = ops.asarray(layer_io.weight, xp.float64)
         self.bias = ops.asarray(layer_io.bias, xp.float64)
         if layer_io.linear_targets is not None:
             self.Z = rows(layer_io.linear_targets, fitted)
         else:
-            self.Z = self.X @ self.W.astype(dtype).T + self.bias.astype(dtype)
+            self.Z = self.Xc @ self.W.astype(dtype).T + self.bias.astype(dtype)
         if self.activation.is_identity:
             # A linear fit aims at the response before the activation, held-out stays after it.
             if layer_io.activation.is_identity:
                 self.Z = self.Y
             self.Y = self.Z
-        self.x_mean = self.X.mean(axis=0, dtype=xp.float64)
+        # Centred once, in place: these are copies. Centring before squaring, because nearly
+        # constant inputs would leave only rounding after it.
+        self.x_mean = self.Xc.mean(axis=0, dtype=xp.float64)
         self.z_mean = self.Z.mean(axis=0, dtype=xp.float64)
-        squares = sum(
-            float(xp.square(block).sum(dtype=xp.float64)) for block in self._centred_blocks()
-        )
-        self._ridge_unit = max(squares / self.width, 1e-30)
+        mean = self.x_mean.astype(dtype)
+        self.Xc -= mean
+        self.Xh -= mean
+        self._ridge_unit = max(self._mean_variance() * self.rows, 1e-30)
         self.rho = ridge * self._ridge_unit
         centred = float(xp.square(self.Z - self.z_mean.astype(dtype)).sum(dtype=xp.float64))
         self._energies = (centred, float(xp.sum(self.W**2)))
 
-    def _centred_blocks(self) -> Iterator[Array]:
-        """Blocks of Xc. Centred before squaring: else nearly constant inputs leave rounding."""
-        mean = self.x_mean.astype(self.X.dtype)
-        for start in range(0, self.rows, GRAM_BLOCK):
-            yield self.X[start : start + GRAM_BLOCK] - mean
+    def _mean_variance(self) -> float:
+        """Mean variance of the inputs over columns, from at most about 2048 rows."""
+        sample = self.Xc[:: max(1, self.rows // 2048)]
+        return float(self.ops.xp.square(sample).mean(dtype=self.ops.xp.float64))
+
+    def _blocks(self, size: int) -> Iterator[slice]:
+        for start in range(0, self.rows, size):
+            yield slice(start, start + size)
 
     @cached_property
     def scatter(self) -> Array:
         """``Xcᵀ Xc`` (m, m), float64."""
         scatter = self.ops.xp.zeros((self.width, self.width))
-        for block in self._centred_blocks():
+        for rows in self._blocks(GRAM_BLOCK):
+            block = self.Xc[rows]
             scatter += block.T @ block
         return scatter
 
@@ -193,10 +199,14 @@ class ResponseProblem:
         """Mean over taps of G's diagonal channel blocks (c, c): no (m, m) matrix is formed."""
         xp, groups = self.ops.xp, self.groups
         total = xp.zeros((groups, groups))
-        for block in self._centred_blocks():
-            taps_first = block.reshape(-1, groups, self.taps).transpose(0, 2, 1)
-            rows = taps_first.reshape(-1, groups)
-            total += rows.T @ rows
+        if "scatter" in self.__dict__:
+            blocks = self.scatter.reshape(groups, self.taps, groups, self.taps)
+            total = xp.einsum("itjt->ij", blocks)
+        else:
+            for rows in self._blocks(GRAM_BLOCK):
+                taps_first = self.Xc[rows].reshape(-1, groups, self.taps).transpose(0, 2, 1)
+                block = taps_first.reshape(-1, groups)
+                total += block.T @ block
         return total / self.taps + self.rho * xp.eye(groups)
 
     def with_ridge(self, ridge: float) -> ResponseProblem:
@@ -212,7 +222,7 @@ class ResponseProblem:
         if step == 1:
             return self
         other = self._without(*_COORDINATES)
-        other.X, other.Y, other.Z = self.X[::step], self.Y[::step], self.Z[::step]
+        other.Xc, other.Y, other.Z = self.Xc[::step], self.Y[::step], self.Z[::step]
         share = other.rows / self.rows
         other.rho, other._ridge_unit = self.rho * share, self._ridge_unit * share
         other._energies = (self._energies[0] * share, self._energies[1])
@@ -254,10 +264,8 @@ class ResponseProblem:
     def start_correlation(self) -> Array:
         """``D = Zcᵀ Xc`` (n, m), float64."""
         D = self.ops.xp.zeros(self.W.shape)
-        start = 0
-        for block in self._centred_blocks():
-            D += self.Z[start : start + len(block)].T @ block
-            start += len(block)
+        for rows in self._blocks(GRAM_BLOCK):
+            D += self.Z[rows].T @ self.Xc[rows]
         return D
 
     @cached_property
@@ -302,13 +310,12 @@ class ResponseProblem:
         """
         xp = self.ops.xp
         dtype = self.Y.dtype
-        Mt, b = M.astype(dtype).T, bias.astype(dtype)[None]
+        Mt, b = M.astype(dtype).T, self._centred_bias(M, bias)
         loss = 0.0
         RtX = xp.zeros(M.shape) if gradient else None
         total = xp.zeros(len(M)) if gradient else None
-        for start in range(0, self.rows, BLOCK):
-            rows = slice(start, start + BLOCK)
-            X, Y = self.X[rows], self.Y[rows]
+        for rows in self._blocks(BLOCK):
+            X, Y = self.Xc[rows], self.Y[rows]
             R, block_loss = self.ops.masked_gradient(
                 (X @ Mt)[None], Y[None], self.activation, bias=b, convex=convex
             )
@@ -317,9 +324,12 @@ class ResponseProblem:
                 RtX += R[0].T @ X
                 total += R[0].sum(axis=0, dtype=xp.float64)
         if gradient:
-            RtX -= xp.outer(total, self.x_mean)
             total = total / self.rows
         return float(loss) / self.rows, RtX, total
+
+    def _centred_bias(self, M: Array, bias: Array) -> Array:
+        """The bias that goes with centred inputs, (1, n), in the dtype of the data."""
+        return (bias + M @ self.x_mean).astype(self.Y.dtype)[None]
 
     def objective(self, M: Array, bias: Array, *, convex: bool = False) -> float:
         """``f(M, bias)``, the loss per sample without the ridge."""
@@ -345,7 +355,7 @@ class ResponseProblem:
             (self.Xh @ M.astype(dtype).T)[None],
             self.Yh[None],
             self.layer_io.activation,
-            bias=bias.astype(dtype)[None],
+            bias=self._centred_bias(M, bias),
         )
         energy = float(xp.sum(xp.square(self.Yh), dtype=xp.float64))
         return float(loss[0]) / max(energy, 1e-30)
@@ -355,9 +365,9 @@ class ResponseProblem:
     def to_basis(self, array: Array, basis: Array) -> Array:
         """``array Eᵀ`` for E = basis ⊗ I_taps and rows of m columns."""
         # Taps first for one large GEMM; a batch of (r, c) x (c, taps) products is far slower.
-        P, r = len(array), len(basis)
-        taps_first = array.reshape(P, self.groups, self.taps).transpose(0, 2, 1)
-        turned = taps_first.reshape(P * self.taps, self.groups) @ basis.astype(array.dtype).T
+        P, (r, groups) = len(array), basis.shape
+        taps_first = array.reshape(P, groups, self.taps).transpose(0, 2, 1)
+        turned = taps_first.reshape(P * self.taps, groups) @ basis.astype(array.dtype).T
         return turned.reshape(P, self.taps, r).transpose(0, 2, 1).reshape(P, r * self.taps)
 
     def in_basis(self, basis: Array) -> ResponseProblem:
@@ -372,8 +382,15 @@ class ResponseProblem:
         other = self._without(*_COORDINATES)
         other.W = self.to_basis(self.W, basis)
         other.x_mean = self.to_basis(self.x_mean[None], basis)[0]
-        other.X, other.Xh = self.to_basis(self.X, basis), self.to_basis(self.Xh, basis)
+        other.Xh = self.to_basis(self.Xh, basis)
         other.basis = basis if self.basis is None else basis @ self.basis
+        if "Xc" in self.__dict__:
+            other._unturned = (self.Xc, basis)
+        else:  # never materialised: turn once, by the product
+            other._unturned = (self._unturned[0], basis @ self._unturned[1])
+        if "scatter" in self.__dict__:
+            other.scatter = self.to_basis(self.to_basis(self.scatter, basis).T, basis)
+            other.start_correlation = self.to_basis(self.start_correlation, basis)
         return other
 
     def truncated(self, r: int) -> ResponseProblem:
@@ -381,12 +398,19 @@ class ResponseProblem:
         width = r * self.taps
         other = self._without(*_COORDINATES)
         other.W, other.x_mean = self.W[:, :width], self.x_mean[:width]
-        other.X, other.Xh = self.X[:, :width], self.Xh[:, :width]
+        other.Xh = self.Xh[:, :width]
         other.scatter = self.scatter[:width, :width]
         other.start_correlation = self.start_correlation[:, :width]
         other.metric = self.metric.leading(width)
         other.basis = self.basis[:r]
+        other._unturned = (self._unturned[0], self._unturned[1][:r])
         return other
+
+    @cached_property
+    def Xc(self) -> Array:
+        """Fitted inputs in the problem's coordinates; turned only when first needed."""
+        source, basis = self._unturned
+        return self.to_basis(source, basis)
 
 
 def ordered_metric(

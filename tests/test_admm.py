@@ -53,7 +53,7 @@ def by_cvxpy(problem, l1, l2, size=1):
     """Problem (3) on l_c for ReLU or identity, by a generic conic solver."""
     n, m = problem.W.shape
     A, B, b = cvxpy.Variable((n, m)), cvxpy.Variable((n, m)), cvxpy.Variable((1, n))
-    Z = problem.X @ (A + B).T + np.ones((problem.rows, 1)) @ b
+    Z = (problem.Xc + problem.x_mean) @ (A + B).T + np.ones((problem.rows, 1)) @ b
     positive = np.ones_like(problem.Y)
     if not problem.activation.is_identity:
         positive = (problem.Y > 0).astype(float)

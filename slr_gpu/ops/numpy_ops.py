@@ -180,7 +180,9 @@ class NumpyOps:
         value, slope = activation.value(self, z), activation.slope(self, z)
         if convex:
             linear = activation.linear_where(z, Y)
-            value, slope = xp.where(linear, z, value), xp.where(linear, z.dtype.type(1), slope)
+            xp.copyto(value, z, where=linear)  # both are fresh arrays, or value is z itself
+            xp.copyto(slope, z.dtype.type(1), where=linear)
         error = Y - value
         loss = xp.square(error).sum(axis=(1, 2), dtype=xp.float64)
-        return slope * error, loss
+        slope *= error
+        return slope, loss

@@ -25,6 +25,8 @@ Array = Any
 
 # Factor by which a majoriser is flattened after a step that lowered the objective.
 FLATTER = 0.7
+# Relative fall of the held-out error that counts as progress.
+HELD_OUT_GAIN = 2e-3
 
 
 @dataclass
@@ -38,6 +40,7 @@ class MajorizeState:
     bias: Array
     U: Array
     curvature: float
+    flattest: float = 0.0
     loss: float = float("inf")
     objective: float = float("inf")
     RtX: Array = None
@@ -57,7 +60,8 @@ class Majorize:
     tolerance : float
         Stop when an iteration lowers the objective by less than this fraction.
     patience : int
-        Stop after this many iterations without a better held-out error; the best one is kept.
+        Stop after this many iterations in which the held-out error did not fall by more than
+        0.2 %; the best iterate is kept.
     """
 
     iterations: int = 10
@@ -101,8 +105,11 @@ class Majorize:
             new.bias = state.bias + state.R_mean / curvature - shift
             self.evaluate(problem, new)
             if new.objective <= state.objective:
-                new.curvature = max(curvature * FLATTER, bound / 16)
+                new.flattest = state.flattest
+                new.curvature = max(curvature * FLATTER, new.flattest)
                 return new
+            # A flat majoriser that failed once is not tried again.
+            state.flattest = min(curvature / FLATTER**2, bound)
             if problem.activation.exact and curvature == bound:
                 return new
             curvature = bound if curvature < bound else 2 * curvature
@@ -147,10 +154,10 @@ class Majorize:
                     "seconds": time.perf_counter() - began,
                 }
             )
-            if not error >= best_error:  # also true without held-out rows (NaN)
-                best, best_error, since = state, error, 0
-            else:
-                since += 1
+            # Comparisons with NaN are false: without held-out rows the last iterate is kept.
+            since = since + 1 if error >= best_error * (1 - HELD_OUT_GAIN) else 0
+            if not error >= best_error:
+                best, best_error = state, error
             if previous.objective - state.objective <= self.tolerance * previous.objective:
                 status = Status.CONVERGED
                 break

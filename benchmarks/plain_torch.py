@@ -1,0 +1,170 @@
+"""The rotated form with given sizes, written plainly in PyTorch: the baseline of speed figures.
+
+In: the arrays around one layer and (r, s, k). Out: what
+``slr_gpu.fit(layer_io, basis_rows=r, channels=s, rank=k, held_out=0, ridge=ridge,
+solver=Majorize(iterations=..., tolerance=0))`` finds, by the same steps: centred inputs, a basis of
+the channels from the weight and then from the regression in the channel Gram, one Cholesky
+factor L of G = Xcᵀ Xc + rho I, and rounds of
+
+    T = M + (1/c) (Rᵀ Xc + rho (W - M)) G⁻¹ ,   R = 1[Z > 0 or Y > 0] (Y - Z)
+
+projected onto {A on the first s channels} + {rank k} in the metric of G, on l_c for ReLU. This is
+how one would write it without kernels of one's own: whole arrays, library calls, any torch
+device. Nothing of slr_gpu is imported, so it also checks the package's answer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows whose products are added up in float64 together.
+GRAM_ROWS = 16_384
+# A majoriser is flattened by this after a step that lowered the objective, as in the package.
+FLATTER = 0.7
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ right``: products of blocks of rows in their own precision, summed in float64."""
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
+    for a, b in zip(left.split(GRAM_ROWS), right.split(GRAM_ROWS), strict=True):
+        total += a.T @ b
+    return total
+
+
+def with_ridge(gram: Tensor, rho: Tensor) -> Tensor:
+    """``gram + rho I``."""
+    return gram + rho * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def channels_last(array: Tensor, taps: int) -> Tensor:
+    """Rows of channels * taps columns as (rows * taps, channels)."""
+    return array.reshape(len(array), -1, taps).transpose(1, 2).flatten(0, 1)
+
+
+def turned(array: Tensor, basis: Tensor, taps: int) -> Tensor:
+    """``array Eᵀ`` with E = basis ⊗ I_taps."""
+    by_channel = array.reshape(len(array), -1, taps)
+    return torch.einsum("pct,rc->prt", by_channel, basis.to(array.dtype)).flatten(1)
+
+
+def rotation(weight: Tensor, channel_gram: Tensor, taps: int) -> Tensor:
+    """Orthonormal rows (c, c) by what a weight responds to in the metric of a channel Gram."""
+    R = torch.linalg.cholesky(channel_gram)
+    weighted = channels_last(weight, taps) @ R
+    right = torch.linalg.eigh(weighted.T @ weighted).eigenvectors.flip(1)
+    return torch.linalg.qr(torch.linalg.solve_triangular(R.T, right, upper=True)).Q.T
+
+
+def low_rank(F: Tensor, k: int) -> Tensor:
+    """Best approximation of rank k, from the smaller Gram matrix."""
+    wide = F.shape[0] <= F.shape[1]
+    vectors = torch.linalg.eigh(F @ F.T if wide else F.T @ F).eigenvectors
+    leading = vectors[:, len(vectors) - k :]
+    return leading @ (leading.T @ F) if wide else (F @ leading) @ leading.T
+
+
+@torch.no_grad()
+def plain_majorize(
+    weight: Tensor,
+    bias: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    linear_targets: Tensor | None,
+    kernel_taps: int,
+    r: int,
+    s: int,
+    k: int,
+    iterations: int,
+    ridge: float,
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Fit one ReLU layer in the rotated form.
+
+    Parameters
+    ----------
+    weight, bias : tensor, (n, m), (n,)
+        m = c * kernel_taps, an input channel's taps side by side.
+    inputs : tensor, (P, m)
+        Its dtype (float32 or float64) is that of the work over samples, and its device that of
+        all the work; the other tensors are on the same device.
+    targets : tensor, (P, n)
+        Responses wanted after the ReLU, >= 0, in the dtype of the inputs.
+    linear_targets : tensor, (P, n), or None
+        Responses wanted before it; None for the layer's own.
+    kernel_taps : int
+    r, s, k : int
+        Rows of the basis, rotated channels in A, rank of the rest; s <= r, and
+        k <= min(n, (r - s) * kernel_taps).
+    iterations : int
+        Exactly so many.
+    ridge : float
+        rho as a fraction of the mean variance of the inputs.
+
+    Returns
+    -------
+    weight : tensor, (n, m)
+        ``(A + U V) E``, dense, in the dtype of the inputs.
+    bias : tensor, (n,)
+    history : list of float
+        ``(1/P) sum l_c + (rho/P) ||M - W||²`` after each iteration.
+    """
+    rows, dtype, taps, kept = len(inputs), inputs.dtype, kernel_taps, s * kernel_taps
+    if linear_targets is None:
+        linear_targets = torch.addmm(bias.to(dtype), inputs, weight.to(dtype).T)
+    W = weight.double()
+    x_mean = inputs.mean(0, dtype=torch.float64)
+    z_mean = linear_targets.mean(0, dtype=torch.float64)
+    X = inputs - x_mean.to(dtype)
+    # The package estimates the mean variance on about 2048 rows; so it is here, for the same rho.
+    rho = ridge * rows * X[:: max(1, rows // 2048)].square().mean(dtype=torch.float64)
+
+    # The weight chooses 2 r rows of a basis; the regression within them orders and cuts it to r.
+    flat = channels_last(X, taps)
+    basis = rotation(W, with_ridge(products(flat, flat) / taps, rho), taps)[: 2 * r]
+    X, W, x_mean = turned(X, basis, taps), turned(W, basis, taps), turned(x_mean[None], basis, taps)
+    scatter, correlation = products(X, X), products(linear_targets, X)
+    factor = torch.linalg.cholesky(with_ridge(scatter, rho))
+    target = torch.cholesky_solve((correlation + rho * W).T, factor).T
+    blocks = scatter.reshape(len(basis), taps, len(basis), taps)
+    channel_gram = torch.einsum("itjt->ij", blocks) / taps
+    order = rotation(target, with_ridge(channel_gram, rho), taps)[:r]
+    basis = order @ basis
+    X, W, x_mean, correlation = (turned(a, order, taps) for a in (X, W, x_mean, correlation))
+    x_mean = x_mean[0]
+    scatter = turned(turned(scatter, order, taps).T, order, taps)
+
+    L = torch.linalg.cholesky(with_ridge(scatter, rho))
+
+    def whiten(rhs: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(L, rhs.T, upper=False).T
+
+    def project(F: Tensor) -> tuple[Tensor, Tensor]:
+        F = torch.cat([F[:, :kept], low_rank(F[:, kept:], k)], dim=1)
+        return F, torch.linalg.solve_triangular(L.T, F.T, upper=True).T
+
+    def sweep(M: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
+        Z = torch.addmm((b + M @ x_mean).to(dtype), X, M.to(dtype).T)
+        R = torch.where((Z > 0) | (targets > 0), targets - Z, 0)
+        loss = R.square().sum(dtype=torch.float64) + rho * (M - W).square().sum()
+        return loss.item() / rows, (R.T @ X).double(), R.mean(0, dtype=torch.float64)
+
+    F, M = project(whiten(correlation + rho * W))
+    b = z_mean - M @ x_mean
+    objective, RtX, R_mean = sweep(M, b)
+    curvature, flattest, history = 1.0, 0.0, []
+    for _ in range(iterations):
+        step = whiten(RtX + rho * (W - M))
+        while True:
+            new_F, new_M = project(F + step / curvature)
+            new_b = b + R_mean / curvature - (new_M - M) @ x_mean
+            new = sweep(new_M, new_b)
+            # At curvature 1 the majoriser is proven: the objective cannot rise but by rounding.
+            if new[0] <= objective or curvature == 1.0:
+                break
+            flattest = min(curvature / FLATTER**2, 1.0)
+            curvature = 1.0
+        F, M, b, (objective, RtX, R_mean) = new_F, new_M, new_b, new
+        curvature = max(curvature * FLATTER, flattest)
+        history.append(objective)
+    dense = torch.einsum("nrt,rc->nct", M.reshape(len(M), r, taps), basis).flatten(1)
+    return dense.to(dtype), b.to(dtype), history
