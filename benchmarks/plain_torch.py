@@ -3,8 +3,8 @@
 In: the arrays around one layer and (r, s, k). Out: what
 ``slr_gpu.fit(layer_io, basis_rows=r, channels=s, rank=k, held_out=0, ridge=ridge,
 solver=Majorize(iterations=..., tolerance=0))`` finds, by the same steps: centred inputs, a basis of
-the channels from the weight and then from the regression in the channel Gram, one Cholesky
-factor L of G = Xcᵀ Xc + rho I, and rounds of
+the channels from the weight and then from the regression in the channel Gram, its refinement in
+alternation with the factors, one Cholesky factor L of G = Xcᵀ Xc + rho I, and rounds of
 
     T = M + (1/c) (Rᵀ Xc + rho (W - M)) G⁻¹ ,   R = 1[Z > 0 or Y > 0] (Y - Z)
 
@@ -48,6 +48,13 @@ def turned(array: Tensor, basis: Tensor, taps: int) -> Tensor:
     return torch.einsum("pct,rc->prt", by_channel, basis.to(array.dtype)).flatten(1)
 
 
+def mean_over_taps(scatter: Tensor, taps: int) -> Tensor:
+    """Mean of the diagonal channel blocks (c, c) of a scatter matrix (c * taps, c * taps)."""
+    channels = len(scatter) // taps
+    blocks = scatter.reshape(channels, taps, channels, taps)
+    return torch.einsum("itjt->ij", blocks) / taps
+
+
 def rotation(weight: Tensor, channel_gram: Tensor, taps: int) -> Tensor:
     """Orthonormal rows (c, c) by what a weight responds to in the metric of a channel Gram."""
     R = torch.linalg.cholesky(channel_gram)
@@ -62,6 +69,42 @@ def low_rank(F: Tensor, k: int) -> Tensor:
     vectors = torch.linalg.eigh(F @ F.T if wide else F.T @ F).eigenvectors
     leading = vectors[:, len(vectors) - k :]
     return leading @ (leading.T @ F) if wide else (F @ leading) @ leading.T
+
+
+def best_basis(
+    M: Tensor, basis: Tensor, rhs: Tensor, gram: Tensor, channel_gram: Tensor, steps: int = 10
+) -> Tensor:
+    """The basis P (r, c) that suits factors M (n, r, taps) best, rows orthonormal, near `basis`.
+
+    ``M (P ⊗ I) gram = rhs`` in least squares, by conjugate gradients preconditioned by the
+    Kronecker product of ``M Mᵀ`` and the channel Gram.
+    """
+    n, r, taps = M.shape
+
+    def expand(P: Tensor) -> Tensor:
+        return torch.einsum("nrt,rc->nct", M, P).flatten(1)
+
+    def contract(N: Tensor) -> Tensor:
+        return torch.einsum("nrt,nct->rc", M, N.reshape(n, -1, taps))
+
+    def precondition(residual: Tensor) -> Tensor:
+        return torch.linalg.solve(channel_gram, torch.linalg.solve(factors, residual).T).T
+
+    factors = torch.einsum("nrt,nst->rs", M, M)
+    factors = with_ridge(factors, 1e-6 * factors.trace() / r + 1e-30)
+    residual = contract(rhs - expand(basis) @ gram)
+    direction = scaled = precondition(residual)
+    power = (residual * scaled).sum()
+    for _ in range(steps):
+        if not power > 0:
+            break
+        moved = contract(expand(direction) @ gram)
+        step = power / (direction * moved).sum()
+        basis, residual = basis + step * direction, residual - step * moved
+        scaled = precondition(residual)
+        previous, power = power, (residual * scaled).sum()
+        direction = scaled + power / previous * direction
+    return torch.linalg.qr(basis.T).Q.T
 
 
 @torch.no_grad()
@@ -118,22 +161,16 @@ def plain_majorize(
     # The package estimates the mean variance on about 2048 rows; so it is here, for the same rho.
     rho = ridge * rows * X[:: max(1, rows // 2048)].square().mean(dtype=torch.float64)
 
-    # The weight chooses 2 r rows of a basis; the regression within them orders and cuts it to r.
+    # The weight chooses 2 r rows of a basis; the regression within them puts them in order.
     flat = channels_last(X, taps)
     basis = rotation(W, with_ridge(products(flat, flat) / taps, rho), taps)[: 2 * r]
-    X, W, x_mean = turned(X, basis, taps), turned(W, basis, taps), turned(x_mean[None], basis, taps)
-    scatter, correlation = products(X, X), products(linear_targets, X)
+    wide, W, x_mean = (turned(array, basis, taps) for array in (X, W, x_mean[None]))
+    scatter, correlation = products(wide, wide), products(linear_targets, wide)
     factor = torch.linalg.cholesky(with_ridge(scatter, rho))
     target = torch.cholesky_solve((correlation + rho * W).T, factor).T
-    blocks = scatter.reshape(len(basis), taps, len(basis), taps)
-    channel_gram = torch.einsum("itjt->ij", blocks) / taps
-    order = rotation(target, with_ridge(channel_gram, rho), taps)[:r]
-    basis = order @ basis
-    X, W, x_mean, correlation = (turned(a, order, taps) for a in (X, W, x_mean, correlation))
-    x_mean = x_mean[0]
+    order = rotation(target, with_ridge(mean_over_taps(scatter, taps), rho), taps)
+    W, x_mean, correlation = (turned(array, order, taps) for array in (W, x_mean, correlation))
     scatter = turned(turned(scatter, order, taps).T, order, taps)
-
-    L = torch.linalg.cholesky(with_ridge(scatter, rho))
 
     def whiten(rhs: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(L, rhs.T, upper=False).T
@@ -142,13 +179,28 @@ def plain_majorize(
         F = torch.cat([F[:, :kept], low_rank(F[:, kept:], k)], dim=1)
         return F, torch.linalg.solve_triangular(L.T, F.T, upper=True).T
 
+    # The first r of them, then twice the rows that suit the factors best, while that helps.
+    rhs, gram = correlation + rho * W, with_ridge(scatter, rho)
+    channel_gram = with_ridge(mean_over_taps(scatter, taps), rho)
+    trial, found = torch.eye(r, len(order), dtype=torch.float64, device=W.device), None
+    for _ in range(3 if r < len(order) else 1):
+        L = torch.linalg.cholesky(turned(turned(gram, trial, taps).T, trial, taps))
+        F, M = project(whiten(turned(rhs, trial, taps)))
+        if found is not None and F.square().sum() <= found[1].square().sum():
+            break
+        found = (L, F, M, trial)
+        trial = best_basis(M.reshape(len(M), r, taps), trial, rhs, gram, channel_gram)
+    L, F, M, rows_of_order = found
+    basis, order = rows_of_order @ order @ basis, rows_of_order @ order
+    W, x_mean = turned(W, rows_of_order, taps), turned(x_mean, rows_of_order, taps)[0]
+    X = turned(wide, order, taps)
+
     def sweep(M: Tensor, b: Tensor) -> tuple[float, Tensor, Tensor]:
         Z = torch.addmm((b + M @ x_mean).to(dtype), X, M.to(dtype).T)
         R = torch.where((Z > 0) | (targets > 0), targets - Z, 0)
         loss = R.square().sum(dtype=torch.float64) + rho * (M - W).square().sum()
         return loss.item() / rows, (R.T @ X).double(), R.mean(0, dtype=torch.float64)
 
-    F, M = project(whiten(correlation + rho * W))
     b = z_mean - M @ x_mean
     objective, RtX, R_mean = sweep(M, b)
     curvature, flattest, history = 1.0, 0.0, []

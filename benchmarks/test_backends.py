@@ -210,7 +210,7 @@ def test_fit_against_plain_torch(benchmark, conv_layer, threads, device, request
         threads=threads,
         structure=str(Structure("rotated", SIZES["s"], SIZES["k"], SIZES["r"])),
         iterations=ITERATIONS,
-        rival="plain PyTorch",
+        against="plain PyTorch",
     )
     objective, plain_objective = fitted.history[-1]["objective"], history[-1]
     benchmark.extra_info.update(objective=objective, plain_objective=plain_objective)
@@ -261,7 +261,7 @@ def test_bandwidth(benchmark, cuda, operation):
         rounds=10,
         device=device_name(cuda),
         array_bytes=first.nbytes,
-        rival="copy of one array",
+        against="copy of one array",
     )
     copied = 2 * first.nbytes / benchmark.extra_info["rival_seconds"]["median"]
     benchmark.extra_info.update(
@@ -293,7 +293,7 @@ def test_svt_against_a_loop(benchmark, cuda, size):
         rounds=5,
         device=device_name(cuda),
         batch=64,
-        rival="loop over cupy.linalg.svd",
+        against="loop over cupy.linalg.svd",
     )
     error = float(xp.linalg.norm(X - truth) / xp.linalg.norm(truth))
     sigma_error = float(xp.abs(values - sigma).max() / sigma.max())
@@ -336,7 +336,7 @@ def test_iteration_against_its_products(benchmark, cuda):
         rounds=5,
         device=device_name(cuda),
         structure=str(structure),
-        rival="its two GEMMs",
+        against="its two GEMMs",
     )
     benchmark.extra_info.update(
         times_of_its_products=1 / times_as_fast,

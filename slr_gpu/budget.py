@@ -10,7 +10,7 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 
-from .curves import LayerBudget
+from .curves import LayerBudget, Limit
 from .errors import BudgetError, InputError, complain
 
 RESOURCES = ("params", "flops")
@@ -78,8 +78,8 @@ def check_keep(keep: object) -> dict[str, float]:
 def uniform(
     keep: dict[str, float],
     layers: list[LayerCost],
-    fixed: list[LayerCost],
     overrides: dict[str, float],
+    totals: dict[str, float],
     multiple: int = 1,
 ) -> dict[str, LayerBudget]:
     """The same fraction for every layer, so that the total is what was asked.
@@ -88,10 +88,12 @@ def uniform(
     ----------
     keep : dict of str to float
         Fractions of the whole model, all of which must hold.
-    layers, fixed : list of LayerCost
-        Those that are compressed, and those that stay dense.
+    layers : list of LayerCost
+        Those that are compressed. All else (layers left dense, biases, norms) is paid first.
     overrides : dict of str to float
         Fractions that the user set for single layers.
+    totals : dict of str to float
+        Parameters, and multiply-adds per sample, of the whole dense model.
 
     Raises
     ------
@@ -99,31 +101,34 @@ def uniform(
         When even the smallest decompositions are over the budget; the message names the
         smallest fraction that can be had.
     """
-    limits: dict[str, list[tuple[float, float]]] = {layer.name: [] for layer in layers}
+    limits: dict[str, list[Limit]] = {layer.name: [] for layer in layers}
     for resource, fraction in keep.items():
-        total = sum(layer.dense(resource) for layer in layers + fixed)
-        available = fraction * total - sum(layer.dense(resource) for layer in fixed)
+        total = totals[resource]
+        fixed = total - sum(layer.dense(resource) for layer in layers)
+        available = fraction * total - fixed
         floors = {
-            layer.name: overrides.get(layer.name, _smallest(layer, resource)) for layer in layers
+            layer.name: overrides.get(layer.name, _smallest(layer)) for layer in layers
         }
         smallest = sum(floors[layer.name] * layer.dense(resource) for layer in layers)
         if smallest > available:
-            reachable = (fraction * total - available + smallest) / max(total, 1)
             raise BudgetError(
                 complain(
                     f"keep={{{resource!r}: {fraction:g}}}",
-                    f"at least {reachable:.4f} for this model, whose layers left dense take"
-                    f" {1 - available / total - (1 - fraction):.4f}"
-                    if total
-                    else "a model with layers that can be compressed",
+                    f"at least {(fixed + smallest) / total:.4f} for this model, of which what"
+                    f" stays dense takes {fixed / total:.4f}",
                     "Raise it, or leave fewer layers dense (keep_ends, ignore, overrides).",
                 )
             )
         share = _water_level(available, layers, floors, overrides, resource)
         for layer in layers:
             kept = overrides.get(layer.name, max(share, floors[layer.name]))
-            weight = layer.basis_weight(resource)
-            limits[layer.name].append((weight, min(kept, 1.0) * layer.weights))
+            limits[layer.name].append(
+                Limit(
+                    layer.basis_weight(resource),
+                    min(kept, 1.0) * layer.weights,
+                    full_kernel=resource == "flops",
+                )
+            )
     return {
         layer.name: LayerBudget(
             layer.n, layer.channels, layer.taps, tuple(limits[layer.name]), multiple
@@ -132,7 +137,7 @@ def uniform(
     }
 
 
-def _smallest(layer: LayerCost, resource: str) -> float:
+def _smallest(layer: LayerCost) -> float:
     """Smallest fraction of a layer that a structure reaches (a rank-one part without a basis)."""
     return min(1.0, (layer.n + layer.channels * layer.taps) / layer.weights)
 

@@ -168,10 +168,19 @@ class Sampler:
 
 @dataclass
 class References:
-    """What one pass through the original leaves for each layer."""
+    """What one pass through the original leaves for each layer.
+
+    Attributes
+    ----------
+    linear_targets, inputs : dict of str to array
+        Sampled rows; inputs only where asked for.
+    positions : dict of str to list of int
+        Output positions a sample, batch by batch (they may vary with the length of the inputs).
+    """
 
     linear_targets: dict[str, np.ndarray]
     inputs: dict[str, np.ndarray]
+    positions: dict[str, list[int]]
 
     def release(self, name: str) -> None:
         """Forget a layer's rows."""
@@ -205,14 +214,15 @@ def record_references(
     """
     outputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    positions: dict[str, list[int]] = {site.name: [] for site in sites}
     number = 0
 
     def collect(site: LayerSite, layer: nn.Module) -> Callable:
         adapter = adapter_for(layer)
 
         def hook(module, args, output):
-            positions = adapter.positions(layer, output)
-            where = sampler.pick(site.order, number, len(output), positions)
+            positions[site.name].append(adapter.positions(layer, output))
+            where = sampler.pick(site.order, number, len(output), positions[site.name][-1])
             # Taken now: an in-place activation may write over the response.
             outputs[site.name].append(adapter.output_rows(layer, output, *where).clone())
             if with_inputs:
@@ -230,6 +240,7 @@ def record_references(
     return References(
         {name: _host(rows) for name, rows in outputs.items()},
         {name: _host(rows) for name, rows in inputs.items() if rows},
+        positions,
     )
 
 
@@ -241,17 +252,26 @@ class Frontier:
     model : nn.Module
         Modules are looked up in it at every step, so replaced ones are used.
     batches : list
+    names : list of str
+        The layers whose inputs will be asked for, in the order of execution.
+
+    Attributes
+    ----------
+    traced : bool
+        Whether torch.fx could follow the model and met each of the layers once. If not, the model
+        is run from the start for each layer.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: list[Batch], names: list[str]) -> None:
         self.model, self.batches = model, batches
         self._nodes: list[fx.Node] = []
         try:
             graph = fx.Tracer().trace(model)
+            found = [n.target for n in graph.nodes if n.op == "call_module" and n.target in names]
+            self.traced = found == names
         except Exception:
-            # Whatever the model does that torch.fx cannot follow: run it from the start instead.
-            graph = None
-        self.traced = graph is not None
+            # Whatever the model does that torch.fx cannot follow, running it still works.
+            self.traced = False
         if self.traced:
             self._nodes = list(graph.nodes)
             self._last_use = {
@@ -318,8 +338,6 @@ def layer_io(
     sampler: Sampler,
     inputs: Iterable[tuple[int, Tensor]] | None,
     batch_sizes: list[int],
-    *,
-    advance: Callable[[int], None] = lambda samples: None,
 ) -> LayerIO:
     """The `LayerIO` of one layer.
 
@@ -329,24 +347,22 @@ def layer_io(
         From `Frontier.inputs`; None takes the original's inputs (symmetric).
     """
     adapter = adapter_for(layer)
-    linear_targets = references.linear_targets[site.name]
-    per_sample = len(linear_targets) // sum(batch_sizes)
+    positions = references.positions[site.name]
     if inputs is None:
         X = references.inputs[site.name]
     else:
-        positions = adapter.positions(layer, torch.empty(site.output_shape, device="meta"))
         rows = []
         for number, x in inputs:
-            where = sampler.pick(site.order, number, len(x), positions)
+            where = sampler.pick(site.order, number, len(x), positions[number])
             rows.append(adapter.input_rows(layer, x, *where))
-            advance(len(x))
         X = _host(rows)
+    per_sample = [sampler.per_sample(count) for count in positions]
     return LayerIO(
         layer.weight,
         layer.bias,
         X,
         activation=site.activation,
         kernel_size=adapter.kernel_size(layer),
-        linear_targets=linear_targets,
-        sample_ids=np.repeat(np.arange(sum(batch_sizes)), per_sample),
+        linear_targets=references.linear_targets[site.name],
+        sample_ids=np.repeat(np.arange(sum(batch_sizes)), np.repeat(per_sample, batch_sizes)),
     )

@@ -221,14 +221,11 @@ def compress(
                 "Check ignore=, or pass keep_ends=False.",
             )
         )
-    costs = {
-        name: _cost(site, work.get_submodule(name)) for name, site in sites.items() if site.calls
-    }
     budgets = uniform(
         keep,
-        [costs[site.name] for site in chosen],
-        [cost for name, cost in costs.items() if name in reasons],
+        [_cost(site, work.get_submodule(site.name)) for site in chosen],
         {name: option["keep"] for name, option in options.items() if "keep" in option},
+        _totals(work, _first_sample(batches[0]), chosen),
         multiple,
     )
     batch_sizes = [len(first_tensor(batch)) for batch in batches]
@@ -241,7 +238,8 @@ def compress(
         references = record_references(
             original, batches, chosen, sampler, with_inputs=not asymmetric, advance=advance
         )
-        frontier = Frontier(work, batches) if asymmetric else None
+        names = [site.name for site in chosen]
+        frontier = Frontier(work, batches, names) if asymmetric else None
         for site in chosen:
             advance(0, description=f"fitting {site.name}")
             layer_began = time.perf_counter()
@@ -329,10 +327,10 @@ def _copy(model: nn.Module) -> nn.Module:
                 "Remove what cannot be copied (open files, hooks on closures, non-leaf tensors).",
             )
         ) from error
-    # Hooks of the user's stay with the user's model.
+    # What watches the user's model stays with it. Hooks before a forward may be part of the
+    # function (spectral_norm) and stay with the copy too.
     for module in work.modules():
         module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
         module._backward_hooks.clear()
     parameter = next(work.parameters(), None)
     if parameter is not None and parameter.element_size() < 4:
@@ -443,6 +441,16 @@ def _cost(site: LayerSite, layer: nn.Module) -> LayerCost:
         adapter.positions(layer, torch.empty(site.output_shape, device="meta")),
         adapter.positions(layer, torch.empty(site.input_shape, device="meta")),
     )
+
+
+def _totals(model: nn.Module, batch: Batch, chosen: list[LayerSite]) -> dict[str, float]:
+    """What the whole model costs, with the biases that its compressed layers will have."""
+    added = [model.get_submodule(site.name) for site in chosen]
+    biases = sum(len(layer.weight) for layer in added if layer.bias is None)
+    return {
+        "params": sum(p.numel() for p in model.parameters()) + biases,
+        "flops": count_flops(model, batch)[0] / 2,
+    }
 
 
 # -- counting ----------------------------------------------------------------------------------

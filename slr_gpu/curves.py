@@ -14,7 +14,7 @@ factor of the Schur complement.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .decomposition import FORMS, Structure
 from .errors import BudgetError, complain
@@ -31,6 +31,14 @@ ESTIMATE_ROWS = 2048
 NEGLIGIBLE = 1e-4
 
 
+class Limit(NamedTuple):
+    """At most so many weights, or multiply-adds per output position; see `Structure.cost`."""
+
+    basis_weight: float
+    weights: float
+    full_kernel: bool = False
+
+
 @dataclass(frozen=True)
 class LayerBudget:
     """Costs that a layer may not exceed, all at once.
@@ -39,9 +47,8 @@ class LayerBudget:
     ----------
     n, channels, taps : int
         Outputs, input channels and kernel taps of the layer.
-    limits : tuple of (basis_weight, weights)
-        At most so many weights (multiply-adds per output position), with the basis counted
-        `basis_weight` times: 1 for parameters, input positions over output positions for FLOPs.
+    limits : tuple of Limit or of tuples
+        What may be spent, by each way of counting.
     multiple : int
         r, s (channels) and k are multiples of this where the layer is wide enough.
     """
@@ -49,28 +56,37 @@ class LayerBudget:
     n: int
     channels: int
     taps: int
-    limits: tuple[tuple[float, float], ...]
+    limits: tuple[Limit, ...]
     multiple: int = 1
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limits", tuple(Limit(*limit) for limit in self.limits))
+
+    @property
+    def weights(self) -> float:
+        """The tightest limit."""
+        return min(limit.weights for limit in self.limits)
+
+    def cost(self, structure: Structure, limit: Limit) -> float:
+        """What a structure costs as a limit counts it."""
+        shape = (self.n, self.channels, self.taps)
+        return structure.cost(*shape, limit.basis_weight, limit.full_kernel)
+
     def fits(self, structure: Structure) -> bool:
-        return all(
-            structure.cost(self.n, self.channels, self.taps, weight) <= limit
-            for weight, limit in self.limits
-        )
+        return all(self.cost(structure, limit) <= limit.weights for limit in self.limits)
 
     def largest_rank(self, form: str, s: int, r: int | None = None) -> int:
         """Largest k within the budget; -1 when even k = 0 is over it."""
         empty, one = Structure(form, s, 0, r), Structure(form, s, 1, r)
-        shape = (self.n, self.channels, self.taps)
         width = (self.channels if r is None else r) * self.taps
         rest = width - s * (1 if form == "columns" else self.taps)
         k = min(self.n, rest)
-        for weight, limit in self.limits:
-            fixed = empty.cost(*shape, weight)
-            if fixed > limit:
+        for limit in self.limits:
+            fixed = self.cost(empty, limit)
+            if fixed > limit.weights:
                 return -1
             if rest:
-                k = min(k, int((limit - fixed) / (one.cost(*shape, weight) - fixed)))
+                k = min(k, int((limit.weights - fixed) / (self.cost(one, limit) - fixed)))
         return k - k % self.step(k) if rest else 0
 
     def step(self, size: int) -> int:
@@ -266,7 +282,7 @@ def candidates(
     if not found:
         raise BudgetError(
             complain(
-                f"a budget of {min(limit for _, limit in budget.limits):.0f} weights for a layer"
+                f"a budget of {budget.weights:.0f} weights for a layer"
                 f" ({budget.n}, {budget.channels}, {budget.taps} taps)",
                 f"keep of at least {budget.smallest(form):.3g} (form={form!r})",
                 "Raise keep, or leave the layer out.",
@@ -314,8 +330,7 @@ def _split(
     search: SupportSearch, budget: LayerBudget, form: str, share: float
 ) -> Structure | None:
     """The structure that spends this share of the budget on A; None when nothing fits."""
-    limit = min(limit for _, limit in budget.limits)
-    s = min(int(share * limit / (budget.n * search.size)), search.groups)
+    s = min(int(share * budget.weights / (budget.n * search.size)), search.groups)
     s -= s % budget.step(s)
     k = budget.largest_rank(form, s)
     return None if k < 0 or (k == 0 and s == 0) else Structure(form, s, k)

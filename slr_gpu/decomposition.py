@@ -53,17 +53,26 @@ class Structure:
     k: int
     r: int | None = None
 
-    def cost(self, n: int, channels: int, taps: int, basis_weight: float = 1.0) -> float:
+    def cost(
+        self,
+        n: int,
+        channels: int,
+        taps: int,
+        basis_weight: float = 1.0,
+        full_kernel: bool = False,
+    ) -> float:
         """Weights of the layer (biases aside), or multiply-adds per output position.
 
         `basis_weight` is 1 for parameters; for multiply-adds it is input positions over output
-        positions, since the basis is applied before the kernel strides.
+        positions, since the basis is applied before the kernel strides. `full_kernel` is for
+        multiply-adds: a convolution computes V over whole kernels, zeros on S included.
         """
         width, kept = channels * taps, self.s * (1 if self.form == "columns" else taps)
         basis = 0.0
         if self.form == "rotated":
             width, basis = self.r * taps, basis_weight * self.r * channels
-        return basis + kept * n + self.k * (n + width - kept)
+        skipped = 0 if full_kernel and self.form == "columns" and taps > 1 else kept
+        return basis + kept * n + self.k * (n + width - skipped)
 
     def __str__(self) -> str:
         if self.form == "rotated":

@@ -115,12 +115,12 @@ class Report:
             ("layer", "left"),
             ("shape", "left"),
             ("form", "left"),
-            ("params kept", "right"),
-            ("FLOPs kept", "right"),
+            ("params", "right"),
+            ("FLOPs", "right"),
             ("error", "right"),
             ("status", "left"),
         ):
-            table.add_column(title, justify=justify, no_wrap=title != "status")
+            table.add_column(title, justify=justify)
         for layer in self.layers:
             if layer.compressed:
                 table.add_row(

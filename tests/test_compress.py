@@ -82,7 +82,7 @@ def test_compress_end_to_end(model, data, tmp_path):
     # Counts of the report against the modules themselves and torch's own counter.
     assert report.params_kept == sum(p.numel() for p in result.model.parameters())
     assert report.flops_kept == count_flops(result.model.eval(), (data[:1],))[0]
-    assert report.achieved["flops"] <= 0.5 and report.achieved["params"] <= 0.51
+    assert report.achieved["flops"] <= 0.5 and report.achieved["params"] <= 0.5
     assert sum(layer.flops for layer in report.layers) == report.flops
     held = [layer.error for layer in report.layers if layer.compressed]
     assert all(0 <= error < 0.5 for error in held)
@@ -129,19 +129,28 @@ def test_compressed_model_is_made_of_its_decompositions(model, data, monkeypatch
     torch.testing.assert_close(result.model.eval()(data), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_asymmetric_inputs_do_better(model, data):
-    held_out = F.interpolate(
-        torch.randn(200, 2, 4, 4, generator=torch.Generator().manual_seed(9)),
-        scale_factor=2, mode="bilinear",
-    )
-    errors = {}
-    for asymmetric in (True, False):
-        result = slr_gpu.compress(
-            model, data, {"params": 0.25}, asymmetric=asymmetric, progress=False
-        )
-        with torch.no_grad():
-            errors[asymmetric] = float((result.model(held_out) - model(held_out)).square().mean())
-    assert errors[True] < errors[False]
+def test_asymmetric_inputs_do_better():
+    """Errors add up over eight layers; only asymmetric fits see and correct them."""
+    errors = {True: 0.0, False: 0.0}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layers = []
+        for _ in range(8):
+            linear = nn.Linear(24, 24)
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            layers += [linear, nn.ReLU()]
+        model = nn.Sequential(*layers).eval()
+        mix = torch.randn(24, 24) * 0.8 ** torch.arange(24)
+        data, held_out = torch.randn(1500, 24) @ mix, torch.randn(500, 24) @ mix
+        for asymmetric in errors:
+            result = slr_gpu.compress(
+                model, data, {"params": 0.4}, asymmetric=asymmetric, progress=False
+            )
+            with torch.no_grad():
+                wanted = model(held_out)
+                error = (result.model(held_out) - wanted).square().sum() / wanted.square().sum()
+            errors[asymmetric] += float(error)
+    assert errors[True] < 0.9 * errors[False]
 
 
 class Untraceable(nn.Module):
@@ -168,14 +177,68 @@ def test_untraceable_model_with_two_inputs():
     result.model(*data[0])
 
 
+def test_inputs_of_varying_length():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    ).eval()
+    data = [torch.randn(20, length, 6) for length in (3, 7, 5)]
+    result = slr_gpu.compress(model, data, {"params": 0.6}, samples=200, progress=False)
+    assert [layer.name for layer in result.report.layers if layer.compressed] == ["2"]
+
+
+class Block(nn.Module):
+    """Residual sum, concatenation and a strided shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 8, 3, padding=1)
+        self.a, self.norm = nn.Conv2d(8, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8)
+        self.b, self.shortcut = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, stride=2)
+        self.c, self.head = nn.Conv2d(16, 12, 3), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = F.relu(self.norm(self.a(x)))
+        y = F.relu(self.b(y) + self.shortcut(x))
+        z = F.silu(self.c(torch.cat([y, y * 2], 1)))
+        return self.head(z.mean((2, 3)))
+
+
+@pytest.mark.parametrize("keep", [{"flops": 0.5}, {"params": 0.5}, {"flops": 0.6, "params": 0.5}])
+def test_branches_strides_and_budgets(data, keep):
+    torch.manual_seed(0)
+    model = Block().eval()
+    report = slr_gpu.compress(model, data, keep, progress=False).report
+    names = [layer.name for layer in report.layers if layer.compressed]
+    assert names == ["a", "b", "shortcut", "c"]
+    for resource, fraction in keep.items():
+        assert report.achieved[resource] <= fraction
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_dimensions(dims):
+    torch.manual_seed(0)
+    Conv = {1: nn.Conv1d, 3: nn.Conv3d}[dims]
+    model = nn.Sequential(
+        Conv(2, 8, 3, padding=1), nn.ReLU(), Conv(8, 8, 3, padding=2, dilation=2), nn.LeakyReLU(),
+        Conv(8, 4, 3),
+    ).eval()
+    x = torch.randn(40, 2, *(7,) * dims)
+    result = slr_gpu.compress(model, x, {"flops": 0.8}, keep_ends=False, progress=False)
+    assert result.model(x).shape == model(x).shape
+    assert result.report.achieved["flops"] <= 0.8
+
+
 def test_frontier_equals_rerun(model, data):
     """Carrying batches forward gives the inputs that running from the start gives."""
     model.eval()
     batches = as_batches(data, model, 50)
-    carried, rerun = Frontier(model, batches), Frontier(model, batches)
+    names = ["0", "2", "6", "9", "11"]
+    carried, rerun = Frontier(model, batches, names), Frontier(model, batches, names)
     assert carried.traced
     rerun.traced = False
-    for name in ("0", "2", "6", "9", "11"):
+    for name in names:
         for (_, x), (_, y) in zip(carried.inputs(name), rerun.inputs(name), strict=True):
             assert torch.equal(x, y)
 
@@ -217,7 +280,8 @@ def test_unsupported_layers_are_listed(data):
         nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(),
         nn.ConvTranspose2d(8, 8, 2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1),
     ).eval()
-    report = slr_gpu.compress(model, data, {"params": 0.8}, progress=False).report
+    report = slr_gpu.compress(model, data, {"flops": 0.8}, progress=False).report
+    assert report.achieved["flops"] <= 0.8  # of all FLOPs, the transposed convolution's included
     reasons = {layer.name: layer.reason for layer in report.layers}
     assert "groups=8" in reasons["2"] and "ConvTranspose2d" in reasons["4"]
     assert reasons["5"] == ""
