@@ -35,7 +35,7 @@ def main(
         0.05,
     ],
     images: Annotated[int, typer.Option(help="Calibration images.")] = 3000,
-    samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 20_000,
+    samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
     form: Annotated[str, typer.Option(help="Form of the layers.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the calibration images and rows.")] = 0,
     symmetric: Annotated[bool, typer.Option(help="Inputs from the original network.")] = False,

@@ -63,6 +63,11 @@ def rotation(weight: Tensor, channel_gram: Tensor, taps: int) -> Tensor:
     return torch.linalg.qr(torch.linalg.solve_triangular(R.T, right, upper=True)).Q.T
 
 
+def whiten(L: Tensor, rhs: Tensor) -> Tensor:
+    """``rhs L^-T``."""
+    return torch.linalg.solve_triangular(L, rhs.T, upper=False).T
+
+
 def low_rank(F: Tensor, k: int) -> Tensor:
     """Best approximation of rank k, from the smaller Gram matrix."""
     wide = F.shape[0] <= F.shape[1]
@@ -72,7 +77,7 @@ def low_rank(F: Tensor, k: int) -> Tensor:
 
 
 def best_basis(
-    M: Tensor, basis: Tensor, rhs: Tensor, gram: Tensor, channel_gram: Tensor, steps: int = 10
+    M: Tensor, basis: Tensor, rhs: Tensor, gram: Tensor, channel_gram: Tensor, steps: int = 5
 ) -> Tensor:
     """The basis P (r, c) that suits factors M (n, r, taps) best, rows orthonormal, near `basis`.
 
@@ -172,25 +177,27 @@ def plain_majorize(
     W, x_mean, correlation = (turned(array, order, taps) for array in (W, x_mean, correlation))
     scatter = turned(turned(scatter, order, taps).T, order, taps)
 
-    def whiten(rhs: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(L, rhs.T, upper=False).T
+    rhs, gram = correlation + rho * W, with_ridge(scatter, rho)
+    channel_gram = with_ridge(mean_over_taps(scatter, taps), rho)
 
-    def project(F: Tensor) -> tuple[Tensor, Tensor]:
+    def project(L: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
         F = torch.cat([F[:, :kept], low_rank(F[:, kept:], k)], dim=1)
         return F, torch.linalg.solve_triangular(L.T, F.T, upper=True).T
 
+    def closed_form(P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        L = torch.linalg.cholesky(turned(turned(gram, P, taps).T, P, taps))
+        return L, *project(L, whiten(L, turned(rhs, P, taps)))
+
     # The first r of them, then twice the rows that suit the factors best, while that helps.
-    rhs, gram = correlation + rho * W, with_ridge(scatter, rho)
-    channel_gram = with_ridge(mean_over_taps(scatter, taps), rho)
-    trial, found = torch.eye(r, len(order), dtype=torch.float64, device=W.device), None
-    for _ in range(3 if r < len(order) else 1):
-        L = torch.linalg.cholesky(turned(turned(gram, trial, taps).T, trial, taps))
-        F, M = project(whiten(turned(rhs, trial, taps)))
-        if found is not None and F.square().sum() <= found[1].square().sum():
+    rows_of_order = torch.eye(r, len(order), dtype=torch.float64, device=W.device)
+    L, F, M = closed_form(rows_of_order)
+    for _ in range(2 if r < len(order) else 0):
+        factors = M.reshape(len(M), r, taps)
+        trial = best_basis(factors, rows_of_order, rhs, gram, channel_gram)
+        trial_L, trial_F, trial_M = closed_form(trial)
+        if trial_F.square().sum() <= F.square().sum():
             break
-        found = (L, F, M, trial)
-        trial = best_basis(M.reshape(len(M), r, taps), trial, rhs, gram, channel_gram)
-    L, F, M, rows_of_order = found
+        rows_of_order, L, F, M = trial, trial_L, trial_F, trial_M
     basis, order = rows_of_order @ order @ basis, rows_of_order @ order
     W, x_mean = turned(W, rows_of_order, taps), turned(x_mean, rows_of_order, taps)[0]
     X = turned(wide, order, taps)
@@ -205,9 +212,9 @@ def plain_majorize(
     objective, RtX, R_mean = sweep(M, b)
     curvature, flattest, history = 1.0, 0.0, []
     for _ in range(iterations):
-        step = whiten(RtX + rho * (W - M))
+        step = whiten(L, RtX + rho * (W - M))
         while True:
-            new_F, new_M = project(F + step / curvature)
+            new_F, new_M = project(L, F + step / curvature)
             new_b = b + R_mean / curvature - (new_M - M) @ x_mean
             new = sweep(new_M, new_b)
             # At curvature 1 the majoriser is proven: the objective cannot rise but by rounding.

@@ -118,7 +118,7 @@ def compress(
     out: Annotated[Path, typer.Option(help="Folder for the result.")],
     weights: Annotated[Path | None, typer.Option(help="safetensors file of its weights.")] = None,
     form: Annotated[str, typer.Option(help="auto, columns, channels or rotated.")] = "auto",
-    samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 20_000,
+    samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
     ignore: Annotated[list[str], typer.Option(help="Layers to leave dense.")] = [],
     keep_ends: Annotated[bool, typer.Option(help="Leave the first and last layer dense.")] = True,
     asymmetric: Annotated[bool, typer.Option(help="Fit on the compressed prefix's inputs.")] = True,

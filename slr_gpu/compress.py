@@ -133,7 +133,7 @@ def compress(
     solver: Any = None,
     objective: str = "activation",
     asymmetric: bool = True,
-    samples: int = 20_000,
+    samples: int = 15_000,
     held_out: float = 0.1,
     ridge: float | str = "auto",
     ignore: tuple[str, ...] | list[str] = (),

@@ -351,7 +351,7 @@ def _rotated(problem: ResponseProblem, budget: LayerBudget) -> list[Candidate]:
     chosen += [pair for pair in ranked if pair[1].s == 0][:1]
     chosen += [pair for pair in ranked if pair[1].k == 0][:1]
     unique = dict((pair[1], pair) for pair in chosen).values()
-    close = [pair for pair in unique if pair[0] <= 1.5 * ranked[0][0]]
+    close = [pair for pair in unique if pair[0] <= 1.1 * ranked[0][0]]
     return [refine_basis(curve.problem, structure) for _, structure in close]
 
 
@@ -391,7 +391,7 @@ def _closed_form(problem: ResponseProblem, structure: Structure) -> tuple[float,
     return (energy - float(problem.ops.xp.sum(F**2))) / max(energy, 1e-30), M
 
 
-def _best_basis(problem: ResponseProblem, M: Array, basis: Array, steps: int = 10) -> Array:
+def _best_basis(problem: ResponseProblem, M: Array, basis: Array, steps: int = 5) -> Array:
     """Orthonormal rows spanning the best basis for the factors M (n, r, taps), near `basis`."""
     xp = problem.ops.xp
     n, r, taps = M.shape
