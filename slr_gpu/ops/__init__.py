@@ -95,7 +95,8 @@ def why_not_cuda(index: int | None = None) -> str | None:
     # CuPy, its compiler and its libraries each raise their own classes here, down to
     # AttributeError for a missing library: whatever it is, the device does not work.
     except Exception as error:  # noqa: BLE001
-        return f"no kernel runs on it ({type(error).__name__}: {error})."
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"no kernel runs on it ({type(error).__name__}: {first_line})."
     return None if answer == 144 else f"kernels on it computed {answer} instead of 144."
 
 
