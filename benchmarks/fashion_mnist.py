@@ -54,7 +54,17 @@ def main(
     logits = predict(model, inputs, batch_size=50)
     results = []
     table = Table(title="VGG-16, Fashion-MNIST test set, no labels, no fine-tuning")
-    for title in ("asked", "params", "FLOPs", "accuracy", "drop", "agreement", "KL", "wall", "peak"):
+    for title in (
+        "asked",
+        "params",
+        "FLOPs",
+        "accuracy",
+        "drop",
+        "agreement",
+        "KL",
+        "wall",
+        "peak",
+    ):
         table.add_column(title, justify="right")
     for fraction in keep:
         began = time.perf_counter()

@@ -145,9 +145,7 @@ def _sigmoid() -> Activation:
         return s * (1 - s)
 
     g = "(T(1) / (T(1) + exp(-z)))"
-    return Activation(
-        "sigmoid", _sigmoid_of, slope, g, f"({g} * (T(1) - {g}))", curvature=0.2
-    )
+    return Activation("sigmoid", _sigmoid_of, slope, g, f"({g} * (T(1) - {g}))", curvature=0.2)
 
 
 def _tanh() -> Activation:
@@ -227,7 +225,9 @@ def _hardswish() -> Activation:
 
     def slope(ops, z):
         xp = ops.xp
-        return xp.where(z <= -3, z.dtype.type(0), xp.where(z >= 3, z.dtype.type(1), (2 * z + 3) / 6))
+        return xp.where(
+            z <= -3, z.dtype.type(0), xp.where(z >= 3, z.dtype.type(1), (2 * z + 3) / 6)
+        )
 
     return Activation(
         "hardswish",

@@ -106,9 +106,7 @@ def uniform(
         total = totals[resource]
         fixed = total - sum(layer.dense(resource) for layer in layers)
         available = fraction * total - fixed
-        floors = {
-            layer.name: overrides.get(layer.name, _smallest(layer)) for layer in layers
-        }
+        floors = {layer.name: overrides.get(layer.name, _smallest(layer)) for layer in layers}
         smallest = sum(floors[layer.name] * layer.dense(resource) for layer in layers)
         if smallest > available:
             raise BudgetError(
@@ -154,8 +152,8 @@ def _water_level(
     for _ in range(60):
         middle = (low + high) / 2
         spent = sum(
-            (overrides[layer.name] if layer.name in overrides
-             else max(middle, floors[layer.name])) * layer.dense(resource)
+            (overrides[layer.name] if layer.name in overrides else max(middle, floors[layer.name]))
+            * layer.dense(resource)
             for layer in layers
         )
         low, high = (middle, high) if spent <= available else (low, middle)

@@ -366,9 +366,7 @@ def _match(pattern: str, names: list[str], what: str) -> list[str]:
     found = fnmatch.filter(names, pattern)
     if not found:
         raise InputError(
-            complain(
-                f"{what}={pattern!r}", f"a name or pattern of {', '.join(names)}", "Check it."
-            )
+            complain(f"{what}={pattern!r}", f"a name or pattern of {', '.join(names)}", "Check it.")
         )
     return found
 
@@ -503,9 +501,15 @@ def _report(
             spent = by_module.get(name, 0)
             rows.append(
                 LayerReport(
-                    name, type(module).__name__, _shape(module), "dense",
+                    name,
+                    type(module).__name__,
+                    _shape(module),
+                    "dense",
                     f"{type(module).__name__} is not compressed",
-                    params=count, params_kept=count, flops=spent, flops_kept=spent,
+                    params=count,
+                    params_kept=count,
+                    flops=spent,
+                    flops_kept=spent,
                 )
             )
     return Report(

@@ -326,9 +326,7 @@ def held_out_error(candidate: Candidate) -> float:
     return problem.held_out_error(M, problem.linear_bias(M))
 
 
-def _split(
-    search: SupportSearch, budget: LayerBudget, form: str, share: float
-) -> Structure | None:
+def _split(search: SupportSearch, budget: LayerBudget, form: str, share: float) -> Structure | None:
     """The structure that spends this share of the budget on A; None when nothing fits."""
     s = min(int(share * budget.weights / (budget.n * search.size)), search.groups)
     s -= s % budget.step(s)

@@ -143,7 +143,9 @@ class Decomposition:
             np.any(np.diff(self.columns) <= 0) or self.columns[0] < 0 or self.columns[-1] >= width
         ):
             raise InputError(
-                complain("columns out of order or range", f"ascending in [0, {width})", "Sort them.")
+                complain(
+                    "columns out of order or range", f"ascending in [0, {width})", "Sort them."
+                )
             )
 
     @property

@@ -48,9 +48,7 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise BackendError(
-            complain(
-                "no scikit-learn", "its bundled digits", "Run pip install 'slr_gpu[demo]'."
-            )
+            complain("no scikit-learn", "its bundled digits", "Run pip install 'slr_gpu[demo]'.")
         ) from error
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16

@@ -270,9 +270,7 @@ def _sized(
 def _best_ridge(chosen: Candidate) -> Candidate:
     """The same candidate with the ridge whose closed form has the least held-out error."""
     views = [
-        Candidate(
-            chosen.structure, chosen.error, chosen.problem.with_ridge(ridge), chosen.support
-        )
+        Candidate(chosen.structure, chosen.error, chosen.problem.with_ridge(ridge), chosen.support)
         for ridge in RIDGES
     ]
     return min(views, key=held_out_error)

@@ -193,9 +193,7 @@ def find_sites(model: nn.Module, call: Any) -> dict[str, LayerSite]:
     for site in sites.values():
         if site.calls == 1:
             _follow(site, recorder.operations, model, names, module_operation)
-    return dict(
-        sorted(sites.items(), key=lambda item: (item[1].calls == 0, item[1].order))
-    )
+    return dict(sorted(sites.items(), key=lambda item: (item[1].calls == 0, item[1].order)))
 
 
 def _follow(

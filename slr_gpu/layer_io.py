@@ -94,7 +94,9 @@ class LayerIO:
         weight = _as_host("weight", weight)
         if weight.ndim < 2:
             raise InputError(
-                complain(f"weight of shape {weight.shape}", "(n, m) or (n, c, *kernel)", "Reshape it.")
+                complain(
+                    f"weight of shape {weight.shape}", "(n, m) or (n, c, *kernel)", "Reshape it."
+                )
             )
         if kernel_size is None:
             kernel_size = weight.shape[2:]
@@ -183,7 +185,7 @@ class LayerIO:
         if held_out == 0 or count < 2:
             return np.arange(len(inverse)), np.arange(0)
         step = max(2, round(1 / held_out))
-        chosen = (inverse % step == min(step, count) - 1)
+        chosen = inverse % step == min(step, count) - 1
         return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
     def save(self, path: str | Path) -> None:
@@ -204,7 +206,7 @@ class LayerIO:
 
     @classmethod
     def load(cls, path: str | Path) -> LayerIO:
-        """Read what `save` wrote; InputError when the file is missing, cut short or another kind."""
+        """Read what `save` wrote; InputError when it is missing, cut short or another kind."""
         arrays, metadata = load_arrays(path, kind="layer_io")
         return cls(
             **arrays,

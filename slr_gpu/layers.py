@@ -182,7 +182,11 @@ class _SLRConvNd(nn.Module):
         Conv = _CONVS[self.dims]
         # Padded by hand, once for both parts.
         reference = Conv(
-            1, 1, self.kernel_size, padding=self.padding, dilation=self.dilation,
+            1,
+            1,
+            self.kernel_size,
+            padding=self.padding,
+            dilation=self.dilation,
             padding_mode=self.padding_mode,
         )
         self.pad = tuple(reference._reversed_padding_repeated_twice)
@@ -240,8 +244,10 @@ class _SLRConvNd(nn.Module):
     def assign(self, decomposition: Decomposition) -> None:
         """Copy the factors in."""
         d, k = decomposition, self.kernel_size
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(d, name)))
-                   for name in ("A", "U", "V", "bias")}
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(getattr(d, name)))
+            for name in ("A", "U", "V", "bias")
+        }
         n, one = self.out_channels, (1,) * self.dims
         last = self.U if self.rank else self.A
         last.bias.copy_(tensors["bias"])

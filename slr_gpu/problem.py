@@ -39,7 +39,14 @@ BLOCK = 2048
 GRAM_BLOCK = 16384
 # Cached attributes that belong to one choice of coordinates and rows.
 _COORDINATES = (
-    "Xc", "scatter", "G", "metric", "channel_gram", "start_correlation", "start_rhs", "target",
+    "Xc",
+    "scatter",
+    "G",
+    "metric",
+    "channel_gram",
+    "start_correlation",
+    "start_rhs",
+    "target",
     "target_energy",
 )
 

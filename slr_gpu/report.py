@@ -134,7 +134,13 @@ class Report:
                 )
             else:
                 table.add_row(
-                    layer.name, layer.shape, "dense", "100.0 %", "100.0 %", "", layer.reason,
+                    layer.name,
+                    layer.shape,
+                    "dense",
+                    "100.0 %",
+                    "100.0 %",
+                    "",
+                    layer.reason,
                     style="dim",
                 )
         lines = []

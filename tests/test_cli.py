@@ -47,15 +47,26 @@ def run(*arguments):
 @pytest.mark.parametrize("data", ["calib.npy", "cli_model:batches"])
 def test_compress(folder, data):
     done = run(
-        "compress", "--model", "cli_model:make", "--weights", "weights.safetensors",
-        "--data", data, "--keep", "flops=0.6,params=0.9", "--out", "out",
+        "compress",
+        "--model",
+        "cli_model:make",
+        "--weights",
+        "weights.safetensors",
+        "--data",
+        data,
+        "--keep",
+        "flops=0.6,params=0.9",
+        "--out",
+        "out",
     )
     assert done.exit_code == 0, done.output
     assert "kept" in done.output
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["achieved"]["flops"] <= 0.6
     assert {path.name for path in (folder / "out").iterdir()} == {
-        "model.safetensors", "plan.json", "report.json",
+        "model.safetensors",
+        "plan.json",
+        "report.json",
     }
 
 
@@ -73,8 +84,12 @@ def test_compress(folder, data):
 )
 def test_errors_are_one_line_and_write_nothing(folder, changes, match):
     options = {
-        "--model": "cli_model:make", "--weights": "weights.safetensors", "--data": "calib.npy",
-        "--keep": "flops=0.6", "--out": "out", **changes,
+        "--model": "cli_model:make",
+        "--weights": "weights.safetensors",
+        "--data": "calib.npy",
+        "--keep": "flops=0.6",
+        "--out": "out",
+        **changes,
     }
     done = run("compress", *[part for pair in options.items() for part in pair])
     assert done.exit_code == 1

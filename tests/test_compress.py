@@ -54,7 +54,10 @@ def snapshot(model):
     return (
         copy.deepcopy(model.state_dict()),
         {name: m.training for name, m in model.named_modules()},
-        {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()},
+        {
+            name: len(m._forward_hooks) + len(m._forward_pre_hooks)
+            for name, m in model.named_modules()
+        },
     )
 
 
@@ -77,7 +80,8 @@ def test_compress_end_to_end(model, data, tmp_path):
     report = result.report
     assert [layer.name for layer in report.layers if layer.compressed] == ["2", "6", "9"]
     assert {layer.reason for layer in report.layers if not layer.compressed} == {
-        "first layer", "last layer",
+        "first layer",
+        "last layer",
     }
     # Counts of the report against the modules themselves and torch's own counter.
     assert report.params_kept == sum(p.numel() for p in result.model.parameters())
@@ -120,7 +124,9 @@ def test_compressed_model_is_made_of_its_decompositions(model, data, monkeypatch
     with torch.no_grad():
         for decomposition, index in zip(kept.values(), (2, 6, 9), strict=True):
             layer = dense[index]
-            layer.weight.copy_(torch.from_numpy(decomposition.to_dense()).reshape(layer.weight.shape))
+            layer.weight.copy_(
+                torch.from_numpy(decomposition.to_dense()).reshape(layer.weight.shape)
+            )
             if layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros(len(layer.weight)))
             layer.bias.copy_(torch.from_numpy(decomposition.bias))
@@ -221,7 +227,10 @@ def test_other_dimensions(dims):
     torch.manual_seed(0)
     Conv = {1: nn.Conv1d, 3: nn.Conv3d}[dims]
     model = nn.Sequential(
-        Conv(2, 8, 3, padding=1), nn.ReLU(), Conv(8, 8, 3, padding=2, dilation=2), nn.LeakyReLU(),
+        Conv(2, 8, 3, padding=1),
+        nn.ReLU(),
+        Conv(8, 8, 3, padding=2, dilation=2),
+        nn.LeakyReLU(),
         Conv(8, 4, 3),
     ).eval()
     x = torch.randn(40, 2, *(7,) * dims)
@@ -260,7 +269,12 @@ def test_references_are_the_responses_before_in_place_activations(data):
 
 def test_options_by_name(model, data):
     result = slr_gpu.compress(
-        model, data, {"params": 0.6}, ignore=["9"], keep_ends=False, progress=False,
+        model,
+        data,
+        {"params": 0.6},
+        ignore=["9"],
+        keep_ends=False,
+        progress=False,
         overrides={"2": {"keep": 0.3, "form": "channels"}},
     )
     rows = {layer.name: layer for layer in result.report.layers}
@@ -277,8 +291,14 @@ def test_half_precision_model_comes_back_in_half(model, data):
 def test_unsupported_layers_are_listed(data):
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(),
-        nn.ConvTranspose2d(8, 8, 2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1),
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 2),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 2, 1),
     ).eval()
     report = slr_gpu.compress(model, data, {"flops": 0.8}, progress=False).report
     assert report.achieved["flops"] <= 0.8  # of all FLOPs, the transposed convolution's included

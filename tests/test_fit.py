@@ -60,8 +60,10 @@ def test_sizes_are_exact(conv_io):
     assert (d.form, len(d.columns), d.rank) == ("columns", 20, 3)
     d = slr_gpu.fit(conv_io, channels=4, rank=2)
     assert (d.form, len(d.columns), d.rank) == ("channels", 36, 2)
-    assert np.array_equal(d.columns.reshape(-1, 9) // 9 * 0 + d.columns.reshape(-1, 9)[:, :1]
-                          + np.arange(9), d.columns.reshape(-1, 9))
+    assert np.array_equal(
+        d.columns.reshape(-1, 9) // 9 * 0 + d.columns.reshape(-1, 9)[:, :1] + np.arange(9),
+        d.columns.reshape(-1, 9),
+    )
     d = slr_gpu.fit(conv_io, basis_rows=6, channels=2, rank=5)
     assert (d.basis.shape, len(d.columns), d.rank) == ((6, 16), 18, 5)
     np.testing.assert_allclose(d.basis @ d.basis.T, np.eye(6), atol=1e-5)

@@ -49,9 +49,15 @@ CASES = [
     for dims, (form, s, k), (stride, padding, dilation, mode) in itertools.product(
         (1, 2, 3),
         (
-            ("columns", 5, 2), ("columns", 0, 3), ("columns", 7, 0),
-            ("channels", 2, 2), ("channels", 0, 2), ("channels", 3, 0),
-            ("rotated", 2, 2), ("rotated", 0, 3), ("rotated", 4, 0),
+            ("columns", 5, 2),
+            ("columns", 0, 3),
+            ("columns", 7, 0),
+            ("channels", 2, 2),
+            ("channels", 0, 2),
+            ("channels", 3, 0),
+            ("rotated", 2, 2),
+            ("rotated", 0, 3),
+            ("rotated", 4, 0),
         ),
         ((1, 1, 1, "zeros"), (2, 0, 1, "zeros"), (1, 2, 2, "zeros"), (2, 1, 1, "reflect")),
     )

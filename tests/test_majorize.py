@@ -144,7 +144,9 @@ def test_v_on_the_complement_gives_the_same_function():
     assert result.V.shape == (2, 5) and result.structure == structure
     np.testing.assert_allclose(result.to_dense(), full, atol=1e-12)
     np.testing.assert_allclose(
-        (problem.Xc + problem.x_mean) @ result.to_dense().T, (problem.Xc + problem.x_mean) @ A.T + ((problem.Xc + problem.x_mean) @ V.T) @ U.T, atol=1e-11
+        (problem.Xc + problem.x_mean) @ result.to_dense().T,
+        (problem.Xc + problem.x_mean) @ A.T + ((problem.Xc + problem.x_mean) @ V.T) @ U.T,
+        atol=1e-11,
     )
     assert result.parameters == structure.cost(5, 8, 1) + 5
 

@@ -87,9 +87,7 @@ def test_ridge_pulls_dead_directions_to_the_original_weight():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_constant_inputs_do_not_break(value, dtype):
     rng = np.random.default_rng(9)
-    layer_io = LayerIO(
-        rng.normal(size=(3, 8)).astype(dtype), None, np.full((30, 8), value, dtype)
-    )
+    layer_io = LayerIO(rng.normal(size=(3, 8)).astype(dtype), None, np.full((30, 8), value, dtype))
     problem = ResponseProblem(layer_io, ops=OPS, held_out=0.1)
     state = closed_form(problem, *metric_of(problem, np.array([1, 5])), 2)
     assert np.isfinite(state.M).all() and np.isfinite(state.bias).all()
@@ -107,7 +105,9 @@ def test_in_basis_is_an_exact_change_of_variables():
     basis = np.linalg.qr(np.random.default_rng(10).normal(size=(5, 5)))[0]
     E = np.kron(basis, np.eye(3))
     turned = problem.in_basis(basis)
-    np.testing.assert_allclose(turned.Xc + turned.x_mean, (problem.Xc + problem.x_mean) @ E.T, atol=1e-12)
+    np.testing.assert_allclose(
+        turned.Xc + turned.x_mean, (problem.Xc + problem.x_mean) @ E.T, atol=1e-12
+    )
     np.testing.assert_allclose(turned.Xh, problem.Xh @ E.T, atol=1e-12)
     np.testing.assert_allclose(turned.G, E @ problem.G @ E.T, atol=1e-9)
     np.testing.assert_allclose(turned.start_rhs, problem.start_rhs @ E.T, atol=1e-9)

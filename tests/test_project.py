@@ -17,9 +17,28 @@ PACKAGE = ROOT / "slr_gpu"
 
 # Data flows from left to right (DESIGN 5): a module imports only from those before it.
 ORDER = [
-    "errors", "storage", "progress", "activations", "ops", "decomposition", "layer_io",
-    "penalties", "problem", "support", "curves", "solvers", "fit", "layers", "graph", "capture",
-    "budget", "report", "compress", "demo", "cli", "__main__",
+    "errors",
+    "storage",
+    "progress",
+    "activations",
+    "ops",
+    "decomposition",
+    "layer_io",
+    "penalties",
+    "problem",
+    "support",
+    "curves",
+    "solvers",
+    "fit",
+    "layers",
+    "graph",
+    "capture",
+    "budget",
+    "report",
+    "compress",
+    "demo",
+    "cli",
+    "__main__",
 ]
 TORCH_FREE = ORDER[: ORDER.index("layers")]
 
@@ -35,7 +54,9 @@ def imports(path: Path):
     """(top-level module of this package or other package, inside a function?)"""
     depth = len(path.relative_to(PACKAGE).parts)
     tree = ast.parse(path.read_text())
-    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = [
+        n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     late = {id(child) for function in functions for child in ast.walk(function)}
     # Names for annotations alone are not imports.
     for node in ast.walk(tree):

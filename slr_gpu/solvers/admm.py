@@ -212,9 +212,7 @@ class ADMM:
             t = share * curvature * float(xp.trace(problem.G)) / problem.width
         zero = xp.zeros_like(problem.W)
         dual = -2 / problem.rows * RtX
-        return ADMMState(
-            setting, zero, zero, problem.W, problem.bias, dual, t, loss, RtX, R_mean
-        )
+        return ADMMState(setting, zero, zero, problem.W, problem.bias, dual, t, loss, RtX, R_mean)
 
     def step(self, problem: ResponseProblem, state: ADMMState) -> ADMMState:
         """One iteration of Algorithm 1, or of its convergent extension."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..decomposition import Decomposition, Status, Structure
 from ..penalties import low_rank_projection
-from ..problem import Metric, ResponseProblem, metric_of, ordered_metric, project
+from ..problem import Metric, ResponseProblem, ordered_metric, project
 
 Array = Any
 

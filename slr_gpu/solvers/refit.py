@@ -58,9 +58,7 @@ def decompose(
     result = assemble(problem, structure, state, status, history)
     if refit:
         closed = closed_form(problem, metric, kept, structure.k)
-        start = min(
-            (state, closed), key=lambda s: problem.objective(s.M, s.bias, convex=convex)
-        )
+        start = min((state, closed), key=lambda s: problem.objective(s.M, s.bias, convex=convex))
         refitted = Majorize(convex=convex).solve(problem, structure, start=start)
         history = history + [entry | {"phase": "refit"} for entry in refitted.history]
         note = f"error {result.error:.4g} before the refit, {refitted.error:.4g} after"
