@@ -10,8 +10,8 @@ from slr_gpu.decomposition import Decomposition, Structure
 from slr_gpu.errors import InputError
 from slr_gpu.layer_io import LayerIO
 from slr_gpu.ops import NumpyOps
-from slr_gpu.problem import ResponseProblem
-from slr_gpu.solvers.majorize import Majorize, metric_of, state_of
+from slr_gpu.problem import ResponseProblem, metric_of
+from slr_gpu.solvers.majorize import Majorize, state_of
 from slr_gpu.support import SupportSearch, select_support
 
 OPS = NumpyOps()
