@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -419,17 +420,13 @@ def _overrides(overrides: dict[str, dict[str, Any]], names: list[str]) -> dict[s
 
 def _form_for(layer: nn.Module, form: str) -> str:
     """The form asked for, or ``auto`` where it does not apply (no spatial kernel)."""
-    taps = 1
-    for size in adapter_for(layer).kernel_size(layer):
-        taps *= size
+    taps = math.prod(adapter_for(layer).kernel_size(layer))
     return "auto" if form == "rotated" and taps == 1 else form
 
 
 def _cost(site: LayerSite, layer: nn.Module) -> LayerCost:
     adapter = adapter_for(layer)
-    taps = 1
-    for size in adapter.kernel_size(layer):
-        taps *= size
+    taps = math.prod(adapter.kernel_size(layer))
     n = len(layer.weight)
     return LayerCost(
         site.name,

@@ -275,7 +275,7 @@ def candidates(
     others = [f for f in ("columns", "channels") if form in ("auto", f)]
     if form == "auto" and not spatial:
         others = ["columns"]
-    if found:
+    if found and others:
         others = _promising(problem, budget, others, found[0])
     for other in others:
         found += _supported(problem, budget, other, shares, rounds)
@@ -320,9 +320,7 @@ def _promising(
 def held_out_error(candidate: Candidate) -> float:
     """Held-out error, after the activation, of a candidate's closed form."""
     problem = candidate.problem
-    metric, kept = ordered_metric(problem, candidate.structure, candidate.support)
-    F = metric.whiten(problem.start_rhs)
-    _, M, _ = project(metric, F, kept, candidate.structure.k)
+    _, M = _closed_form(problem, candidate.structure, candidate.support)
     return problem.held_out_error(M, problem.linear_bias(M))
 
 
@@ -381,10 +379,12 @@ def refine_basis(problem: ResponseProblem, structure: Structure, *, rounds: int 
     return Candidate(structure, error, view)
 
 
-def _closed_form(problem: ResponseProblem, structure: Structure) -> tuple[float, Array]:
-    """Relative linear error and weight of the closed form, for the rotated form."""
-    F = problem.metric.whiten(problem.start_rhs)
-    F, M, _ = project(problem.metric, F, structure.s * problem.taps, structure.k)
+def _closed_form(
+    problem: ResponseProblem, structure: Structure, support: Array | None = None
+) -> tuple[float, Array]:
+    """Relative linear error and weight of the closed form."""
+    metric, kept = ordered_metric(problem, structure, support)
+    F, M, _ = project(metric, metric.whiten(problem.start_rhs), kept, structure.k)
     energy = problem.linear_energy
     return (energy - float(problem.ops.xp.sum(F**2))) / max(energy, 1e-30), M
 
