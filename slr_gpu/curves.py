@@ -448,11 +448,22 @@ def _supported(
     return [Candidate(structure, error, problem, support.columns)]
 
 
-def check_form(form: str, spatial: bool) -> None:
-    """InputError for a form that does not exist or does not apply."""
-    if form not in (*FORMS, "auto"):
+def best_candidate(found: list[Candidate]) -> Candidate:
+    """The candidate with the least held-out error; of the first ones, where they are many.
+
+    Held-out rows separate candidates whose linear errors are close; the rest cannot win.
+    """
+    if len(found) == 1 or not len(found[0].problem.Xh):
+        return found[0]
+    close = [c for c in found if c.error <= 1.25 * found[0].error + 1e-6]
+    return min(close, key=held_out_error)
+
+
+def check_form(form: str, spatial: bool, known: tuple[str, ...] = FORMS) -> None:
+    """BudgetError for a form that does not exist, that a solver lacks, or that does not apply."""
+    if form not in (*known, "auto"):
         raise BudgetError(
-            complain(f"form={form!r}", f"one of auto, {', '.join(FORMS)}", "Use form='auto'.")
+            complain(f"form={form!r}", f"one of auto, {', '.join(known)}", "Use form='auto'.")
         )
     if form == "rotated" and not spatial:
         raise BudgetError(

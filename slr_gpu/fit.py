@@ -14,7 +14,6 @@ from . import activations
 from .curves import (
     Candidate,
     LayerBudget,
-    candidates,
     check_form,
     held_out_error,
     refine_basis,
@@ -26,6 +25,7 @@ from .layer_io import LayerIO
 from .ops import get_ops
 from .problem import ResponseProblem
 from .solvers.admm import ADMM
+from .solvers.base import Solver
 from .solvers.majorize import Majorize
 from .support import select_support
 
@@ -48,7 +48,7 @@ def fit(
     relative: bool = False,
     budget: LayerBudget | None = None,
     form: str = "auto",
-    solver: Any = None,
+    solver: Solver | None = None,
     objective: str = "activation",
     ridge: float | str = "auto",
     held_out: float = 0.1,
@@ -79,8 +79,8 @@ def fit(
         Instead of `keep`, where costs are not plain parameters.
     form : {"auto", "columns", "channels", "rotated"}
         See `Decomposition`. ``auto`` keeps the form with the least held-out error.
-    solver : Majorize or ADMM, optional
-        Defaults to `Majorize` for budgets and `ADMM` for penalties.
+    solver : Solver, optional
+        Any of `slr_gpu.solvers`. Defaults to `Majorize` for budgets and `ADMM` for penalties.
     objective : {"activation", "linear"}
         Whether errors count after the layer's activation or before it.
     ridge : float or "auto"
@@ -129,31 +129,21 @@ def fit(
     if request == "penalties":
         return _fit_penalties(problem, solver, lambda1, lambda2, relative, form)
     if request == "sizes":
-        chosen = _sized(problem, columns, channels, basis_rows, rank)
+        chosen = _sized(problem, solver, columns, channels, basis_rows, rank)
     else:
-        chosen = _searched(problem, layer_io, keep, budget, form)
-    if choose_ridge:
+        n, m = layer_io.weight.shape
+        if budget is None:
+            budget = LayerBudget(n, layer_io.channels, layer_io.taps, ((1.0, keep * n * m),))
+        chosen = solver.choose(problem, budget, form)
+    if choose_ridge and solver.tunes_ridge:
         chosen = _best_ridge(chosen)
-    return _solve(solver, chosen)
-
-
-def _solve(solver: Any, chosen: Candidate) -> Decomposition:
-    """Run the solver; for smooth activations keep the linear fit where it does better."""
     support = None if solver.chooses_support else chosen.support
-    result = solver.solve(chosen.problem, chosen.structure, support)
-    activation = chosen.problem.activation
-    if activation.exact or not len(chosen.problem.Xh):
-        return result
-    linear = Majorize(iterations=0).solve(chosen.problem, chosen.structure, chosen.support)
-    if linear.held_out_error <= result.held_out_error:
-        note = f"linear fit: looking through {activation.name} did not help"
-        return linear.replace(notes=(*linear.notes, note))
-    return result
+    return solver.solve(chosen.problem, chosen.structure, support)
 
 
 def _fit_penalties(
     problem: ResponseProblem,
-    solver: Any,
+    solver: Solver,
     lambda1: float,
     lambda2: float,
     relative: bool,
@@ -231,37 +221,27 @@ def _check_request(
     return used[0]
 
 
-def _searched(
-    problem: ResponseProblem,
-    layer_io: LayerIO,
-    keep: float | None,
-    budget: LayerBudget | None,
-    form: str,
-) -> Candidate:
-    """The candidate with the least held-out error (the least error without held-out rows)."""
-    if budget is None:
-        n, m = layer_io.weight.shape
-        budget = LayerBudget(n, layer_io.channels, layer_io.taps, ((1.0, keep * n * m),))
-    found = candidates(problem, budget, form=form)
-    if not len(problem.Xh):
-        return found[0]
-    # Held-out rows separate candidates whose linear errors are close; the rest cannot win.
-    close = [c for c in found if c.error <= 1.25 * found[0].error + 1e-6]
-    return min(close, key=held_out_error)
-
-
 def _sized(
     problem: ResponseProblem,
+    solver: Solver,
     columns: int | None,
     channels: int | None,
     basis_rows: int | None,
     rank: int | None,
 ) -> Candidate:
     rank = rank or 0
+    form = "rotated" if basis_rows else "channels" if channels is not None else "columns"
+    if form not in solver.forms:
+        raise InputError(
+            complain(
+                f"sizes of the form {form!r} for {solver.name}",
+                f"one of {', '.join(solver.forms)}",
+                "Ask with keep=, or use another solver.",
+            )
+        )
     if basis_rows is not None:
         structure = Structure("rotated", channels or 0, rank, basis_rows)
         return refine_basis(rotated(problem, min(2 * basis_rows, problem.channels)), structure)
-    form = "channels" if channels is not None else "columns"
     structure = Structure(form, (channels if channels is not None else columns) or 0, rank)
     support, error = select_support(problem, structure)
     return Candidate(structure, error / max(problem.linear_energy, 1e-30), problem, support)

@@ -19,7 +19,7 @@ and truncated input channels; all else then works in it unchanged.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -183,6 +183,26 @@ class ResponseProblem:
     def _blocks(self, size: int) -> Iterator[slice]:
         for start in range(0, self.rows, size):
             yield slice(start, start + size)
+
+    def sum_over_rows(
+        self, function: Callable[[Array, Array, Array], tuple[Array, ...]], block: int = BLOCK
+    ) -> tuple[Array, ...]:
+        """Sum what a function returns for every block of the fitted rows, in float64.
+
+        Parameters
+        ----------
+        function : callable
+            Of a block's rows (X, Y, Z): centred inputs (p, m) in the problem's coordinates,
+            responses wanted after (p, n) and before (p, n) the activation. Returns arrays.
+        block : int
+            About so many rows at a time.
+        """
+        totals: tuple[Array, ...] = ()
+        for rows in self._blocks(block):
+            parts = function(self.Xc[rows], self.Y[rows], self.Z[rows])
+            parts = tuple(part.astype(self.ops.xp.float64, copy=False) for part in parts)
+            totals = tuple(t + p for t, p in zip(totals, parts, strict=True)) if totals else parts
+        return totals
 
     @cached_property
     def scatter(self) -> Array:

@@ -60,9 +60,7 @@ def by_cvxpy(problem, l1, l2, size=1):
     loss = cvxpy.sum_squares(cvxpy.multiply(positive, problem.Y - Z))
     loss += cvxpy.sum_squares(cvxpy.multiply(1 - positive, cvxpy.pos(Z)))
     sparse = sum(cvxpy.norm(A[:, g : g + size], "fro") for g in range(0, m, size))
-    whole = cvxpy.Problem(
-        cvxpy.Minimize(loss / problem.rows + l1 * sparse + l2 * cvxpy.normNuc(B))
-    )
+    whole = cvxpy.Problem(cvxpy.Minimize(loss / problem.rows + l1 * sparse + l2 * cvxpy.normNuc(B)))
     return whole.solve(solver=cvxpy.CLARABEL)
 
 
@@ -70,9 +68,7 @@ def by_cvxpy(problem, l1, l2, size=1):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_agrees_with_a_generic_solver(variant, activation):
     problem = make(activation=activation)
-    solver = ADMM(
-        lambda1=0.2, lambda2=0.2, iterations=3000, tolerance=1e-6, **VARIANTS[variant]
-    )
+    solver = ADMM(lambda1=0.2, lambda2=0.2, iterations=3000, tolerance=1e-6, **VARIANTS[variant])
     state, status, _ = solver.iterate(problem)
     assert status is Status.CONVERGED
     expected = by_cvxpy(problem, *state.setting.weights)
@@ -97,9 +93,7 @@ def test_channel_groups_agree_with_a_generic_solver():
 def test_optimality_conditions(variant, activation):
     """KKT of (3) on l_c, from a gradient taken afresh at the feasible point."""
     problem = make(n=5, m=8, P=120, activation=activation, seed=4)
-    solver = ADMM(
-        lambda1=0.25, lambda2=0.2, iterations=5000, tolerance=1e-7, **VARIANTS[variant]
-    )
+    solver = ADMM(lambda1=0.25, lambda2=0.2, iterations=5000, tolerance=1e-7, **VARIANTS[variant])
     state, status, _ = solver.iterate(problem)
     assert status is Status.CONVERGED
     l1, l2 = state.setting.weights

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy
 
@@ -35,6 +35,7 @@ from ..decomposition import Decomposition, Status, Structure
 from ..errors import InputError, complain
 from ..penalties import ColumnSparse, LowRank
 from ..problem import ResponseProblem
+from .base import Solver
 from .refit import decompose
 from .splitting import (
     ADMMState,
@@ -59,7 +60,7 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class ADMM:
+class ADMM(Solver):
     """Settings of the solver.
 
     Attributes
@@ -128,8 +129,8 @@ class ADMM:
     tolerance: float = 1e-3
     group: str = "column"
     refit: bool = True
-    name: str = field(default="admm", init=False)
-    chooses_support: bool = field(default=True, init=False)
+    name: ClassVar[str] = "admm"
+    chooses_support: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():

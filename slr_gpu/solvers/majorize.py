@@ -14,12 +14,13 @@ rank-k approximation. So f(M) + (rho/P) ||M - W||^2 never increases.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from ..decomposition import Decomposition, Status, Structure
 from ..penalties import low_rank_projection
 from ..problem import Metric, ResponseProblem, ordered_metric, project
+from .base import Solver
 
 Array = Any
 
@@ -48,7 +49,7 @@ class MajorizeState:
 
 
 @dataclass(frozen=True)
-class Majorize:
+class Majorize(Solver):
     """Settings of the solver.
 
     Attributes
@@ -68,8 +69,7 @@ class Majorize:
     convex: bool = True
     tolerance: float = 1e-3
     patience: int = 2
-    name: str = field(default="majorize", init=False)
-    chooses_support: bool = field(default=False, init=False)
+    name: ClassVar[str] = "majorize"
 
     def start(
         self, problem: ResponseProblem, structure: Structure, support: Array | None = None
@@ -136,7 +136,8 @@ class Majorize:
         """
         began = time.perf_counter()
         state = self.start(problem, structure, support) if start is None else start
-        best, best_error, since = state, problem.held_out_error(state.M, state.bias), 0
+        first = best = state
+        best_error, since = problem.held_out_error(state.M, state.bias), 0
         history, status = [], Status.CLOSED_FORM
         if self.iterations and not (problem.activation.is_identity and start is None):
             self.evaluate(problem, state)
@@ -164,7 +165,11 @@ class Majorize:
             if since >= self.patience:
                 status = Status.HELD_OUT_STOP
                 break
-        return assemble(problem, structure, best, status, history)
+        result = assemble(problem, structure, best, status, history)
+        if history and best is first and not problem.activation.exact:
+            note = f"linear fit: looking through {problem.activation.name} did not help"
+            result = result.replace(notes=(note,))
+        return result
 
 
 def place(state: MajorizeState, F: Array, k: int) -> None:

@@ -1,0 +1,71 @@
+"""What `fit` asks of a solver, and how a solver is added.
+
+In: a `ResponseProblem`, a budget or a structure. Out: a `Candidate` to start from, then a
+`Decomposition`. A solver is one file with one frozen dataclass of settings that extends `Solver`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from ..curves import Candidate, LayerBudget, best_candidate, candidates, check_form
+from ..decomposition import Decomposition, Structure
+from ..problem import ResponseProblem
+
+Array = Any
+
+
+class Solver:
+    """A way to fit the two parts of a layer.
+
+    Attributes
+    ----------
+    name : str
+        In reports and on the command line.
+    forms : tuple of str
+        The forms that it can fit; the first is its ``"auto"`` unless `candidates` says otherwise.
+    chooses_support : bool
+        Whether it finds its own columns and needs none given.
+    tunes_ridge : bool
+        Whether ``ridge="auto"`` is decided on held-out rows, by the closed form.
+    """
+
+    name: ClassVar[str]
+    forms: ClassVar[tuple[str, ...]] = ("columns", "channels", "rotated")
+    chooses_support: ClassVar[bool] = False
+    tunes_ridge: ClassVar[bool] = True
+
+    def candidates(
+        self, problem: ResponseProblem, budget: LayerBudget, form: str
+    ) -> list[Candidate]:
+        """Structures within a budget, best first; by default of the closed-form curves.
+
+        Raises
+        ------
+        BudgetError
+            When nothing fits.
+        """
+        return candidates(problem, budget, form=form)
+
+    def choose(self, problem: ResponseProblem, budget: LayerBudget, form: str) -> Candidate:
+        """The structure to solve for: of the candidates, the one that held-out rows prefer."""
+        check_form(form, problem.taps > 1, self.forms)
+        return best_candidate(self.candidates(problem, budget, form))
+
+    def solve(
+        self,
+        problem: ResponseProblem,
+        structure: Structure,
+        support: Array | None = None,
+    ) -> Decomposition:
+        """Fit a structure.
+
+        Parameters
+        ----------
+        problem : ResponseProblem
+            In the coordinates of the basis for a form that has one.
+        structure : Structure
+        support : int array, optional
+            Kept columns; not given to a solver that chooses them itself.
+        """
+        raise NotImplementedError
