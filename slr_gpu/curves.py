@@ -13,10 +13,10 @@ factor of the Schur complement.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from .decomposition import FORMS, Structure
+from .decomposition import FORMS, Structure, grouping, is_separable
 from .errors import BudgetError, complain
 from .problem import ResponseProblem, ordered_metric, project
 from .support import Support, SupportSearch, group_size
@@ -37,6 +37,7 @@ class Limit(NamedTuple):
     basis_weight: float
     weights: float
     full_kernel: bool = False
+    spatial_weight: float = 1.0  # `basis_weight` of a basis that takes the first kernel axis in
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class LayerBudget:
         What may be spent, by each way of counting.
     multiple : int
         r, s (channels) and k are multiples of this where the layer is wide enough.
+    kernel_size : tuple of int
+        For the spatial form; by default the taps are not told apart.
     """
 
     n: int
@@ -58,6 +61,7 @@ class LayerBudget:
     taps: int
     limits: tuple[Limit, ...]
     multiple: int = 1
+    kernel_size: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "limits", tuple(Limit(*limit) for limit in self.limits))
@@ -69,8 +73,18 @@ class LayerBudget:
 
     def cost(self, structure: Structure, limit: Limit) -> float:
         """What a structure costs as a limit counts it."""
-        shape = (self.n, self.channels, self.taps)
-        return structure.cost(*shape, limit.basis_weight, limit.full_kernel)
+        spatial = structure.form == "spatial"
+        weight = limit.spatial_weight if spatial else limit.basis_weight
+        return structure.cost(self.n, *self.shape(structure.form), weight, limit.full_kernel)
+
+    def shape(self, form: str) -> tuple[int, int]:
+        """Input channels and taps as a form counts them."""
+        return grouping(form, self.channels, self.kernel_size or (self.taps,))
+
+    def regrouped(self) -> LayerBudget:
+        """The budget of a rotated form that costs what the spatial form costs in this one."""
+        limits = tuple(Limit(limit.spatial_weight, limit.weights) for limit in self.limits)
+        return LayerBudget(self.n, *self.shape("spatial"), limits, self.multiple)
 
     def fits(self, structure: Structure) -> bool:
         return all(self.cost(structure, limit) <= limit.weights for limit in self.limits)
@@ -78,8 +92,10 @@ class LayerBudget:
     def largest_rank(self, form: str, s: int, r: int | None = None) -> int:
         """Largest k within the budget; -1 when even k = 0 is over it."""
         empty, one = Structure(form, s, 0, r), Structure(form, s, 1, r)
-        width = (self.channels if r is None else r) * self.taps
-        rest = width - s * (1 if form == "columns" else self.taps)
+        channels, taps = self.shape(form)
+        width = (channels if r is None else r) * taps
+        group = {"columns": 1, "entries": 0}.get(form, taps)
+        rest = width - s * group
         k = min(self.n, rest)
         for limit in self.limits:
             fixed = self.cost(empty, limit)
@@ -100,9 +116,13 @@ class LayerBudget:
             "columns": [Structure("columns", 1, 0)],
             "channels": [Structure("channels", 1, 0), Structure("channels", 0, 1)],
             "rotated": [Structure("rotated", 0, 1, 1)] if taps > 1 else [],
+            "entries": [Structure("entries", 1, 0)],
+            "spatial": [Structure("spatial", 0, 1, 1)] if is_separable(self.kernel_size) else [],
         }
-        structures = sum(least.values(), []) if form == "auto" else least[form]
-        cost = min(structure.cost(n, c, taps) for structure in structures)
+        automatic = [form for form in least if form not in ("entries", "spatial")]
+        names = automatic if form == "auto" else [form]
+        structures = [structure for name in names for structure in least[name]]
+        cost = min(structure.cost(n, *self.shape(structure.form)) for structure in structures)
         return min(1.0, cost / (n * c * taps))
 
 
@@ -201,11 +221,18 @@ class RotatedCurve:
         energy = self.problem.linear_energy
         return (energy - float(self.energy[r]) + tail) / max(energy, 1e-30)
 
-    def best(self, budget: LayerBudget, *, grid: int = 8) -> list[tuple[float, Structure]]:
+    def best(
+        self,
+        budget: LayerBudget,
+        *,
+        grid: int = 8,
+        splits: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    ) -> list[tuple[float, Structure]]:
         """Structures within the budget by error: a coarse grid over (r, s / r), then refinement.
 
         k is always the largest that fits. Returned best first; among them are the best with
         s = 0 (Tucker-2) and the best with k = 0 (an input projection alone), where they fit.
+        `splits` are the s / r to start from; one alone is not refined.
         """
         found: dict[tuple[int, int], tuple[float, Structure]] = {}
         largest = min(largest_basis(budget), self.problem.groups)
@@ -224,7 +251,7 @@ class RotatedCurve:
 
         for i in range(grid):
             r = largest * ((i + 1) / grid) ** 1.5
-            for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            for share in splits:
                 look(r, share * r)
         if not found:
             return []
@@ -233,7 +260,7 @@ class RotatedCurve:
             best = min(found.values(), key=lambda pair: pair[0])[1]
             r, s = best.r, best.s
             for dr in (-step_r, 0.0, step_r):
-                for ds in (-step_s, 0.0, step_s):
+                for ds in (-step_s, 0.0, step_s) if len(splits) > 1 else (0.0,):
                     look(r + dr, (s / r + ds) * (r + dr))
             step_r, step_s = step_r / 2, step_s / 2
         return sorted(found.values(), key=lambda pair: pair[0])
@@ -254,11 +281,12 @@ def candidates(
     problem : ResponseProblem
         In the layer's own coordinates.
     budget : LayerBudget
-    form : {"auto", "columns", "channels", "rotated"}
-        ``auto`` takes the best of each form; linear layers have no ``rotated``, and their
+    form : {"auto", "columns", "channels", "rotated", "spatial"}
+        ``auto`` takes the best of the first three; linear layers have no ``rotated``, and their
         channels are their columns.
     shares : tuple of float
-        Shares of the budget to spend on A that are tried for the forms without a basis.
+        Shares of the budget to spend on A that are tried for the forms without a basis;
+        ``(0.0,)`` leaves A out of the forms with one, too.
     rounds : int
         Exchange rounds of the support.
 
@@ -270,7 +298,10 @@ def candidates(
     found: list[Candidate] = []
     spatial = problem.taps > 1
     if form in ("auto", "rotated") and spatial:
-        found += _rotated(problem, budget)
+        found += _rotated(problem, budget, shares)
+    if form == "spatial":
+        budget = replace(budget, kernel_size=problem.layer_io.kernel_size)
+        found += _spatial(problem, budget, shares)
     # On single-tap layers channels are columns.
     others = [f for f in ("columns", "channels") if form in ("auto", f)]
     if form == "auto" and not spatial:
@@ -299,7 +330,7 @@ def _promising(
     Rough: at a usual split, with a support grown in one batch on a few thousand rows and V taken
     from the original weight, so that no (m, m) matrix is factorised.
     """
-    if not len(problem.Xh):
+    if not problem.held.rows:
         return forms
     to_beat = held_out_error(rival)
     if to_beat < NEGLIGIBLE:
@@ -321,7 +352,7 @@ def held_out_error(candidate: Candidate) -> float:
     """Held-out error, after the activation, of a candidate's closed form."""
     problem = candidate.problem
     _, M = _closed_form(problem, candidate.structure, candidate.support)
-    return problem.held_out_error(M, problem.linear_bias(M))
+    return float(problem.held_out_error(M, problem.linear_bias(M)))
 
 
 def _split(search: SupportSearch, budget: LayerBudget, form: str, share: float) -> Structure | None:
@@ -332,23 +363,37 @@ def _split(search: SupportSearch, budget: LayerBudget, form: str, share: float) 
     return None if k < 0 or (k == 0 and s == 0) else Structure(form, s, k)
 
 
-def _rotated(problem: ResponseProblem, budget: LayerBudget) -> list[Candidate]:
+def _rotated(
+    problem: ResponseProblem, budget: LayerBudget, shares: tuple[float, ...]
+) -> list[Candidate]:
+    splits = {} if any(shares) else {"splits": (0.0,)}
     largest = largest_basis(budget)
     if not largest:
         return []
     # The best r is mostly far below the largest: look there first, it costs a quarter.
     rows = largest if largest < 16 else largest // 2
     curve = RotatedCurve(rotated(problem, rows))
-    ranked = curve.best(budget)
+    ranked = curve.best(budget, **splits)
     if not ranked or ranked[0][1].r > 0.9 * rows:
         curve = RotatedCurve(rotated(problem, largest))
-        ranked = curve.best(budget)
+        ranked = curve.best(budget, **splits)
     chosen = ranked[:1]
     chosen += [pair for pair in ranked if pair[1].s == 0][:1]
     chosen += [pair for pair in ranked if pair[1].k == 0][:1]
     unique = dict((pair[1], pair) for pair in chosen).values()
     close = [pair for pair in unique if pair[0] <= 1.1 * ranked[0][0]]
     return [refine_basis(curve.problem, structure) for _, structure in close]
+
+
+def _spatial(
+    problem: ResponseProblem, budget: LayerBudget, shares: tuple[float, ...]
+) -> list[Candidate]:
+    """`_rotated`, with channels as the spatial form counts them."""
+    found = _rotated(problem.regrouped(), budget.regrouped(), shares)
+    return [
+        replace(candidate, structure=replace(candidate.structure, form="spatial"))
+        for candidate in found
+    ]
 
 
 def refine_basis(problem: ResponseProblem, structure: Structure, *, rounds: int = 2) -> Candidate:
@@ -453,14 +498,24 @@ def best_candidate(found: list[Candidate]) -> Candidate:
 
     Held-out rows separate candidates whose linear errors are close; the rest cannot win.
     """
-    if len(found) == 1 or not len(found[0].problem.Xh):
+    if len(found) == 1 or not found[0].problem.held.rows:
         return found[0]
     close = [c for c in found if c.error <= 1.25 * found[0].error + 1e-6]
     return min(close, key=held_out_error)
 
 
-def check_form(form: str, spatial: bool, known: tuple[str, ...] = FORMS) -> None:
+def check_form(
+    form: str, spatial: bool, known: tuple[str, ...] = FORMS, kernel_size: tuple[int, ...] = (2, 2)
+) -> None:
     """BudgetError for a form that does not exist, that a solver lacks, or that does not apply."""
+    if form == "spatial" and form in known and not is_separable(kernel_size):
+        raise BudgetError(
+            complain(
+                f"form='spatial' for a kernel of size {kernel_size}",
+                "a convolution with several taps along its first axis and along the others",
+                "Use form='auto'.",
+            )
+        )
     if form not in (*known, "auto"):
         raise BudgetError(
             complain(f"form={form!r}", f"one of auto, {', '.join(known)}", "Use form='auto'.")

@@ -18,7 +18,24 @@ import numpy as np
 
 from .errors import InputError, complain
 
-FORMS = ("columns", "channels", "rotated")
+FORMS = ("columns", "channels", "rotated", "entries", "spatial")
+
+
+def grouping(form: str, channels: int, kernel_size: tuple[int, ...]) -> tuple[int, int]:
+    """Input channels, and the neighbouring columns that each owns, as a form counts them.
+
+    ``spatial`` counts every pair of a channel and an index along the kernel's first axis as a
+    channel that owns the other axes, kw columns of a (kh, kw) kernel. A basis of such channels is
+    made of kh x 1 filters, and what follows it of 1 x kw ones.
+    """
+    if form == "spatial":
+        channels, kernel_size = channels * kernel_size[0], kernel_size[1:]
+    return channels, int(np.prod(kernel_size, dtype=int))
+
+
+def is_separable(kernel_size: tuple[int, ...]) -> bool:
+    """Whether a kernel has several taps along its first axis and along the others."""
+    return len(kernel_size) > 1 and kernel_size[0] > 1 and max(kernel_size[1:]) > 1
 
 
 class Status(enum.Enum):
@@ -37,11 +54,12 @@ class Structure:
 
     Attributes
     ----------
-    form : {"columns", "channels", "rotated"}
-        What A keeps: single im2col columns, whole input channels, or the first channels of a
-        rotated input basis.
+    form : {"columns", "channels", "rotated", "entries", "spatial"}
+        What A keeps: single im2col columns, whole input channels, the first channels of a
+        rotated input basis, or single entries anywhere (Yu et al. 2017). ``spatial`` is
+        ``rotated`` by a basis that takes the kernel's first axis in (Zhang et al. 2015, 3-d).
     s : int
-        Kept groups: columns, channels or rotated channels.
+        Kept groups: columns, channels, rotated channels or entries.
     k : int
         Rank of U V.
     r : int or None
@@ -66,17 +84,27 @@ class Structure:
         `basis_weight` is 1 for parameters; for multiply-adds it is input positions over output
         positions, since the basis is applied before the kernel strides. `full_kernel` is for
         multiply-adds: a convolution computes V over whole kernels, zeros on S included.
+
+        For ``spatial``, `channels` and `taps` are those of `grouping`.
+
+        Single entries are counted as their papers do, ``s + k (n + m)``, without the indices that
+        a file needs beside them. In multiply-adds they cost a whole dense layer, because stock
+        runtimes skip no zeros.
         """
+        if self.form == "entries":
+            width = channels * taps
+            sparse = n * width if full_kernel and self.s else self.s
+            return sparse + self.k * (n + width)
         width, kept = channels * taps, self.s * (1 if self.form == "columns" else taps)
         basis = 0.0
-        if self.form == "rotated":
+        if self.r is not None:
             width, basis = self.r * taps, basis_weight * self.r * channels
         skipped = 0 if full_kernel and self.form == "columns" and taps > 1 else kept
         return basis + kept * n + self.k * (n + width - skipped)
 
     def __str__(self) -> str:
-        if self.form == "rotated":
-            return f"rotated r={self.r} s={self.s} k={self.k}"
+        if self.r is not None:
+            return f"{self.form} r={self.r} s={self.s} k={self.k}"
         return f"{self.form} s={self.s} k={self.k}"
 
 
@@ -90,15 +118,17 @@ class Decomposition:
         See `Structure`.
     columns : int64 array, (|S|,)
         Kept columns, ascending, counted in the basis (m' = r * taps columns when there is one).
+        For single entries: the columns that have any.
     A : array, (n, |S|)
-        Dense block on the kept columns.
+        Dense block on the kept columns; for single entries it holds zeros between them.
     U, V : array, (n, k) and (k, m' - |S|)
-        Low-rank part on the other columns.
+        Low-rank part on the other columns; beside single entries (k, m), on all columns, because
+        they cannot absorb what it does there.
     bias : array, (n,)
     channels, kernel_size : int, tuple of int
         Input channels c and spatial kernel; m = c * prod(kernel_size). ``()`` for linear layers.
     basis : array, (r, c), or None
-        P, with orthonormal rows.
+        P, with orthonormal rows; (r, c * kh) for ``spatial``, see `grouping`.
     activation : str
         The activation that the fit looked through.
     error, held_out_error : float
@@ -129,10 +159,11 @@ class Decomposition:
 
     def __post_init__(self) -> None:
         width, kept = self.width, len(self.columns)
+        rest = width if self.form == "entries" else width - kept
         n, k = self.U.shape
         for name, got, expected in (
             ("A", self.A.shape, (n, kept)),
-            ("V", self.V.shape, (k, width - kept)),
+            ("V", self.V.shape, (k, rest)),
             ("bias", self.bias.shape, (n,)),
         ):
             if got != expected:
@@ -150,7 +181,8 @@ class Decomposition:
 
     @property
     def taps(self) -> int:
-        return int(np.prod(self.kernel_size, dtype=int))
+        """Columns that a channel owns, as the form counts channels."""
+        return grouping(self.form, self.channels, self.kernel_size)[1]
 
     @property
     def width(self) -> int:
@@ -165,11 +197,14 @@ class Decomposition:
     def complement(self) -> np.ndarray:
         """The columns that V reads, ascending."""
         mask = np.ones(self.width, dtype=bool)
-        mask[self.columns] = False
+        if self.form != "entries":
+            mask[self.columns] = False
         return np.flatnonzero(mask)
 
     @property
     def structure(self) -> Structure:
+        if self.form == "entries":
+            return Structure(self.form, int(np.count_nonzero(self.A)), self.rank)
         group = 1 if self.form == "columns" else self.taps
         r = None if self.basis is None else len(self.basis)
         return Structure(self.form, len(self.columns) // group, self.rank, r)
@@ -178,14 +213,15 @@ class Decomposition:
     def parameters(self) -> int:
         """Stored numbers, the bias included (kept indices are not counted)."""
         basis = 0 if self.basis is None else self.basis.size
-        return self.A.size + self.U.size + self.V.size + self.bias.size + basis
+        kept = np.count_nonzero(self.A) if self.form == "entries" else self.A.size
+        return int(kept) + self.U.size + self.V.size + self.bias.size + basis
 
     def to_dense(self) -> np.ndarray:
         """The weight (n, m) that this stands for, in the layer's own coordinates."""
         n = len(self.bias)
         M = np.zeros((n, self.width), dtype=self.A.dtype)
-        M[:, self.columns] = self.A
         M[:, self.complement] = self.U @ self.V
+        M[:, self.columns] += self.A
         if self.basis is None:
             return M
         in_basis = M.reshape(n, len(self.basis), self.taps)

@@ -19,7 +19,7 @@ from .curves import (
     refine_basis,
     rotated,
 )
-from .decomposition import Decomposition, Structure
+from .decomposition import Decomposition, Structure, grouping
 from .errors import InputError, complain
 from .layer_io import LayerIO
 from .ops import get_ops
@@ -61,7 +61,7 @@ def fit(
     - ``keep=0.25``: this fraction of the layer's weights; the split between A and U V (and the
       basis) is chosen, see `form`.
     - ``columns=`` or ``channels=`` and ``rank=``: problem (2), exactly these. With
-      ``basis_rows=``, `channels` counts rotated channels.
+      ``basis_rows=``, `channels` counts rotated channels (of ``form="spatial"``, if asked).
     - ``lambda1=`` and ``lambda2=``: problem (3), penalties on ``||A||_{2,1}`` and ``||B||_*``,
       solved by `ADMM`.
 
@@ -77,8 +77,9 @@ def fit(
         vanishes.
     budget : LayerBudget
         Instead of `keep`, where costs are not plain parameters.
-    form : {"auto", "columns", "channels", "rotated"}
-        See `Decomposition`. ``auto`` keeps the form with the least held-out error.
+    form : {"auto", "columns", "channels", "rotated", "entries", "spatial"}
+        See `Structure`. ``auto`` keeps the one of the first three with the least held-out error;
+        not every solver has the last two.
     solver : Solver, optional
         Any of `slr_gpu.solvers`. Defaults to `Majorize` for budgets and `ADMM` for penalties.
     objective : {"activation", "linear"}
@@ -125,11 +126,11 @@ def fit(
         held_out=held_out,
         activation=activation,
     )
-    choose_ridge = ridge == "auto" and len(problem.Xh) > 0
+    choose_ridge = ridge == "auto" and problem.held.rows > 0
     if request == "penalties":
         return _fit_penalties(problem, solver, lambda1, lambda2, relative, form)
     if request == "sizes":
-        chosen = _sized(problem, solver, columns, channels, basis_rows, rank)
+        chosen = _sized(problem, solver, columns, channels, basis_rows, rank, form)
     else:
         n, m = layer_io.weight.shape
         if budget is None:
@@ -167,7 +168,7 @@ def _check_request(
     """Which of the three ways was used; InputError unless it is exactly one, and in range."""
     n, m = layer_io.weight.shape
     c, taps = layer_io.channels, layer_io.taps
-    check_form(form, taps > 1)
+    check_form(form, taps > 1, kernel_size=layer_io.kernel_size)
     sizes = {"columns": columns, "channels": channels, "basis_rows": basis_rows, "rank": rank}
     ways = {
         "keep": keep is not None or budget is not None,
@@ -197,6 +198,7 @@ def _check_request(
         raise InputError(
             complain("columns and channels", "one of them", "Use form='columns' or 'channels'.")
         )
+    c = grouping(form, c, layer_io.kernel_size)[0]
     limits = {"columns": m, "channels": c, "basis_rows": c, "rank": n}
     for name, value in sizes.items():
         lowest = 1 if name == "basis_rows" else 0
@@ -228,9 +230,11 @@ def _sized(
     channels: int | None,
     basis_rows: int | None,
     rank: int | None,
+    form: str,
 ) -> Candidate:
     rank = rank or 0
-    form = "rotated" if basis_rows else "channels" if channels is not None else "columns"
+    if not (basis_rows and form == "spatial"):
+        form = "rotated" if basis_rows else "channels" if channels is not None else "columns"
     if form not in solver.forms:
         raise InputError(
             complain(
@@ -240,7 +244,8 @@ def _sized(
             )
         )
     if basis_rows is not None:
-        structure = Structure("rotated", channels or 0, rank, basis_rows)
+        structure = Structure(form, channels or 0, rank, basis_rows)
+        problem = problem.regrouped() if form == "spatial" else problem
         return refine_basis(rotated(problem, min(2 * basis_rows, problem.channels)), structure)
     structure = Structure(form, (channels if channels is not None else columns) or 0, rank)
     support, error = select_support(problem, structure)

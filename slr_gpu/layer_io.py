@@ -8,6 +8,7 @@ with input channel c owning neighbouring columns, and a row of inputs is one im2
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class LayerIO:
         if self.targets is None:
             response = self.linear_targets
             if response is None:
-                response = self.inputs @ self.weight.T + self.bias
+                response = self.responses
             self.targets = self.activation.value(_HOST, response)
         elif self.targets.dtype != self.inputs.dtype:
             self.targets = self.targets.astype(self.inputs.dtype)
@@ -164,6 +165,11 @@ class LayerIO:
     @property
     def channels(self) -> int:
         return self.weight.shape[1] // self.taps
+
+    @cached_property
+    def responses(self) -> np.ndarray:
+        """The layer's own responses (P, n) to these inputs, before the activation."""
+        return self.inputs @ self.weight.T + self.bias
 
     def __repr__(self) -> str:
         n, m = self.weight.shape

@@ -19,27 +19,24 @@ and truncated input channels; all else then works in it unchanged.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 from .activations import Activation
-from .decomposition import Structure
+from .decomposition import Structure, grouping
 from .errors import InputError, complain
 from .layer_io import LayerIO
 from .ops import NumpyOps
 from .penalties import low_rank_projection
+from .samples import Samples, to_basis
 
 Array = Any
 
-# Rows a block of the sweeps over samples: large enough for full GEMM speed, small enough that a
-# block's responses stay near the cache.
-BLOCK = 2048
 # The Gram matrix is added up in float64 after each block: fewer, larger ones.
 GRAM_BLOCK = 16384
 # Cached attributes that belong to one choice of coordinates and rows.
 _COORDINATES = (
-    "Xc",
     "scatter",
     "G",
     "metric",
@@ -104,10 +101,9 @@ class ResponseProblem:
 
     Attributes
     ----------
-    Xc, Y, Z : array, (P, m), (P, n), (P, n)
-        Fitted rows: inputs less `x_mean`, responses wanted after and before the activation.
-    Xh, Yh : array
-        Held-out rows; the inputs less the same mean.
+    samples, held : Samples
+        Fitted and held-out rows: inputs less `x_mean`, responses wanted after and before the
+        activation (held-out ones only after it).
     W, bias : float64 array, (n, m), (n,)
         The original weight, in the coordinates of this problem.
     x_mean, z_mean : float64 array, (m,), (n,)
@@ -144,74 +140,47 @@ class ResponseProblem:
                     f"{len(fitted)} row(s) to fit on", "at least 2", "Pass more, or held_out=0."
                 )
             )
-        dtype = layer_io.inputs.dtype
-
-        def rows(array, which):
-            return ops.asarray(array[which], dtype)
-
-        xp = ops.xp
-        self.Xc, self.Xh = rows(layer_io.inputs, fitted), rows(layer_io.inputs, held)
-        self.Y, self.Yh = rows(layer_io.targets, fitted), rows(layer_io.targets, held)
+        dtype, xp = layer_io.inputs.dtype, ops.xp
         self.W = ops.asarray(layer_io.weight, xp.float64)
         self.bias = ops.asarray(layer_io.bias, xp.float64)
-        if layer_io.linear_targets is not None:
-            self.Z = rows(layer_io.linear_targets, fitted)
-        else:
-            self.Z = self.Xc @ self.W.astype(dtype).T + self.bias.astype(dtype)
+        Y, Z = layer_io.targets, layer_io.linear_targets
+        if Z is None:
+            Z = layer_io.responses
         if self.activation.is_identity:
             # A linear fit aims at the response before the activation, held-out stays after it.
-            if layer_io.activation.is_identity:
-                self.Z = self.Y
-            self.Y = self.Z
-        # Centred once, in place: these are copies. Centring before squaring, because nearly
-        # constant inputs would leave only rounding after it.
-        self.x_mean = self.Xc.mean(axis=0, dtype=xp.float64)
-        self.z_mean = self.Z.mean(axis=0, dtype=xp.float64)
-        mean = self.x_mean.astype(dtype)
-        self.Xc -= mean
-        self.Xh -= mean
-        self._ridge_unit = max(self._mean_variance() * self.rows, 1e-30)
+            Y = Z = Y if layer_io.activation.is_identity else Z
+        self.samples = Samples(ops, layer_io.inputs, Y, Z, fitted, dtype)
+        self.held = Samples(ops, layer_io.inputs, layer_io.targets, None, held, dtype)
+        # Centring before squaring: nearly constant inputs would leave only rounding after it.
+        sums = self.samples.sum(
+            lambda X, Y, Z: (X.sum(axis=0, dtype="float64"), Z.sum(axis=0, dtype="float64")),
+            block=GRAM_BLOCK,
+        )
+        self.x_mean, self.z_mean = (total / self.rows for total in sums)
+        self.samples.centre(self.x_mean)
+        self.held.centre(self.x_mean)
+        self._ridge_unit, energy = self._scales()
         self.rho = ridge * self._ridge_unit
-        centred = float(xp.square(self.Z - self.z_mean.astype(dtype)).sum(dtype=xp.float64))
-        self._energies = (centred, float(xp.sum(self.W**2)))
+        self._energies = (energy, float(xp.sum(self.W**2)))
 
-    def _mean_variance(self) -> float:
-        """Mean variance of the inputs over columns, from at most about 2048 rows."""
-        sample = self.Xc[:: max(1, self.rows // 2048)]
-        return float(self.ops.xp.square(sample).mean(dtype=self.ops.xp.float64))
+    def _scales(self) -> tuple[float, float]:
+        """Mean diagonal of ``Xcᵀ Xc``, from some thousand rows, and ``||Zc||^2``."""
+        square, step = self.ops.xp.square, max(1, self.rows // 2048)
+        z_mean = self.z_mean.astype(self.samples.dtype)
 
-    def _blocks(self, size: int) -> Iterator[slice]:
-        for start in range(0, self.rows, size):
-            yield slice(start, start + size)
+        def squares(X, Y, Z):
+            some = X[::step]
+            count = self.ops.xp.full((), len(some))
+            return square(some).sum(dtype="float64"), count, square(Z - z_mean).sum(dtype="float64")
 
-    def sum_over_rows(
-        self, function: Callable[[Array, Array, Array], tuple[Array, ...]], block: int = BLOCK
-    ) -> tuple[Array, ...]:
-        """Sum what a function returns for every block of the fitted rows, in float64.
-
-        Parameters
-        ----------
-        function : callable
-            Of a block's rows (X, Y, Z): centred inputs (p, m) in the problem's coordinates,
-            responses wanted after (p, n) and before (p, n) the activation. Returns arrays.
-        block : int
-            About so many rows at a time.
-        """
-        totals: tuple[Array, ...] = ()
-        for rows in self._blocks(block):
-            parts = function(self.Xc[rows], self.Y[rows], self.Z[rows])
-            parts = tuple(part.astype(self.ops.xp.float64, copy=False) for part in parts)
-            totals = tuple(t + p for t, p in zip(totals, parts, strict=True)) if totals else parts
-        return totals
+        inputs, count, energy = self.samples.sum(squares, block=GRAM_BLOCK)
+        unit = float(inputs) / float(count) / self.width * self.rows
+        return max(unit, 1e-30), float(energy)
 
     @cached_property
     def scatter(self) -> Array:
         """``Xcᵀ Xc`` (m, m), float64."""
-        scatter = self.ops.xp.zeros((self.width, self.width))
-        for rows in self._blocks(GRAM_BLOCK):
-            block = self.Xc[rows]
-            scatter += block.T @ block
-        return scatter
+        return self.samples.sum(lambda X, Y, Z: (X.T @ X,), block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
 
     @cached_property
     def G(self) -> Array:
@@ -225,15 +194,17 @@ class ResponseProblem:
     def channel_gram(self) -> Array:
         """Mean over taps of G's diagonal channel blocks (c, c): no (m, m) matrix is formed."""
         xp, groups = self.ops.xp, self.groups
-        total = xp.zeros((groups, groups))
         if "scatter" in self.__dict__:
             blocks = self.scatter.reshape(groups, self.taps, groups, self.taps)
             total = xp.einsum("itjt->ij", blocks)
         else:
-            for rows in self._blocks(GRAM_BLOCK):
-                taps_first = self.Xc[rows].reshape(-1, groups, self.taps).transpose(0, 2, 1)
-                block = taps_first.reshape(-1, groups)
-                total += block.T @ block
+
+            def gram(X, Y, Z):
+                taps_first = X.reshape(-1, groups, self.taps).transpose(0, 2, 1)
+                rows = taps_first.reshape(-1, groups)
+                return (rows.T @ rows,)
+
+            (total,) = self.samples.sum(gram, block=GRAM_BLOCK, largest=GRAM_BLOCK)
         return total / self.taps + self.rho * xp.eye(groups)
 
     def with_ridge(self, ridge: float) -> ResponseProblem:
@@ -249,7 +220,7 @@ class ResponseProblem:
         if step == 1:
             return self
         other = self._without(*_COORDINATES)
-        other.Xc, other.Y, other.Z = self.Xc[::step], self.Y[::step], self.Z[::step]
+        other.samples = self.samples.thinned(step)
         share = other.rows / self.rows
         other.rho, other._ridge_unit = self.rho * share, self._ridge_unit * share
         other._energies = (self._energies[0] * share, self._energies[1])
@@ -264,7 +235,7 @@ class ResponseProblem:
 
     @property
     def rows(self) -> int:
-        return len(self.Y)
+        return self.samples.rows
 
     @property
     def n(self) -> int:
@@ -290,10 +261,7 @@ class ResponseProblem:
     @cached_property
     def start_correlation(self) -> Array:
         """``D = Zcᵀ Xc`` (n, m), float64."""
-        D = self.ops.xp.zeros(self.W.shape)
-        for rows in self._blocks(GRAM_BLOCK):
-            D += self.Z[rows].T @ self.Xc[rows]
-        return D
+        return self.samples.sum(lambda X, Y, Z: (Z.T @ X,), block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
 
     @cached_property
     def start_rhs(self) -> Array:
@@ -323,79 +291,88 @@ class ResponseProblem:
 
     def sweep(
         self, M: Array, bias: Array, *, convex: bool = False, gradient: bool = True
-    ) -> tuple[float, Array | None, Array | None]:
+    ) -> tuple[Array, Array | None, Array | None]:
         """One pass over the fitted rows: two GEMMs and the masked residual.
 
         Returns
         -------
-        loss : float
+        loss : float64 scalar, on the device
             ``f(M, bias)``, per sample.
         RtX : float64 array, (n, m), or None
             ``Rᵀ Xc`` of the masked residual; the gradient of f in M (at the best bias for a
             quadratic) is ``-2/P`` times this.
         R_mean : float64 array, (n,), or None
         """
-        xp = self.ops.xp
-        dtype = self.Y.dtype
-        Mt, b = M.astype(dtype).T, self._centred_bias(M, bias)
-        loss = 0.0
-        RtX = xp.zeros(M.shape) if gradient else None
-        total = xp.zeros(len(M)) if gradient else None
-        for rows in self._blocks(BLOCK):
-            X, Y = self.Xc[rows], self.Y[rows]
-            R, block_loss = self.ops.masked_gradient(
+        Mt, b = M.astype(self.samples.dtype).T, self._centred_bias(M, bias)
+
+        def masked(X, Y, Z):
+            R, loss = self.ops.masked_gradient(
                 (X @ Mt)[None], Y[None], self.activation, bias=b, convex=convex
             )
-            loss = loss + block_loss[0]
-            if gradient:
-                RtX += R[0].T @ X
-                total += R[0].sum(axis=0, dtype=xp.float64)
-        if gradient:
-            total = total / self.rows
-        return float(loss) / self.rows, RtX, total
+            if not gradient:
+                return (loss[0],)
+            return loss[0], R[0].T @ X, R[0].sum(axis=0, dtype="float64")
+
+        loss, *rest = self.samples.sum(masked)
+        RtX, total = rest or (None, None)
+        return loss / self.rows, RtX, None if total is None else total / self.rows
+
+    def sum_over_rows(
+        self, function: Callable[[Array, Array, Array], tuple[Array, ...]]
+    ) -> tuple[Array, ...]:
+        """Sum what a function returns for every block of the fitted rows, in float64.
+
+        Parameters
+        ----------
+        function : callable
+            Of a block's rows (X, Y, Z): centred inputs (p, m) in the problem's coordinates,
+            responses wanted after (p, n) and before (p, n) the activation. Returns arrays.
+        """
+        return self.samples.sum(function)
 
     def _centred_bias(self, M: Array, bias: Array) -> Array:
         """The bias that goes with centred inputs, (1, n), in the dtype of the data."""
-        return (bias + M @ self.x_mean).astype(self.Y.dtype)[None]
+        return (bias + M @ self.x_mean).astype(self.samples.dtype)[None]
 
     def objective(self, M: Array, bias: Array, *, convex: bool = False) -> float:
         """``f(M, bias)``, the loss per sample without the ridge."""
-        return self.sweep(M, bias, convex=convex, gradient=False)[0]
+        return float(self.sweep(M, bias, convex=convex, gradient=False)[0])
 
     @cached_property
     def target_energy(self) -> float:
         """``||Y||^2 / P``, the unit of relative errors."""
-        xp = self.ops.xp
-        return max(float(xp.sum(xp.square(self.Y), dtype=xp.float64)) / self.rows, 1e-30)
+        return max(self._energy(self.samples) / self.rows, 1e-30)
+
+    def _energy(self, samples: Samples) -> float:
+        """``||Y||^2`` of some rows."""
+        square = self.ops.xp.square
+        return float(samples.sum(lambda X, Y, Z: (square(Y).sum(dtype="float64"),))[0])
 
     def relative_error(self, M: Array, bias: Array) -> float:
         """``||Y - r(Z)||^2 / ||Y||^2`` on the fitted rows."""
         return self.objective(M, bias) / self.target_energy
 
-    def held_out_error(self, M: Array, bias: Array) -> float:
-        """``||Y - r(Z)||^2 / ||Y||^2`` on the held-out rows, after the layer's own activation."""
-        if not len(self.Xh):
-            return float("nan")
-        xp = self.ops.xp
-        dtype = self.Y.dtype
-        _, loss = self.ops.masked_gradient(
-            (self.Xh @ M.astype(dtype).T)[None],
-            self.Yh[None],
-            self.layer_io.activation,
-            bias=self._centred_bias(M, bias),
-        )
-        energy = float(xp.sum(xp.square(self.Yh), dtype=xp.float64))
-        return float(loss[0]) / max(energy, 1e-30)
+    def held_out_error(self, M: Array, bias: Array) -> Array:
+        """``||Y - r(Z)||^2 / ||Y||^2`` on the held-out rows, after the layer's own activation.
+
+        A scalar on the device, NaN without held-out rows.
+        """
+        if not self.held.rows:
+            return self.ops.xp.full((), float("nan"))
+        Mt, b = M.astype(self.held.dtype).T, self._centred_bias(M, bias)
+        activation = self.layer_io.activation
+
+        def squares(X, Y, Z):
+            loss = self.ops.masked_gradient((X @ Mt)[None], Y[None], activation, bias=b)[1]
+            return (loss[0],)
+
+        return self.held.sum(squares)[0] / self._held_out_energy
+
+    @cached_property
+    def _held_out_energy(self) -> float:
+        return max(self._energy(self.held), 1e-30)
 
     # -- coordinates -----------------------------------------------------------------------------
-
-    def to_basis(self, array: Array, basis: Array) -> Array:
-        """``array Eᵀ`` for E = basis ⊗ I_taps and rows of m columns."""
-        # Taps first for one large GEMM; a batch of (r, c) x (c, taps) products is far slower.
-        P, (r, groups) = len(array), basis.shape
-        taps_first = array.reshape(P, groups, self.taps).transpose(0, 2, 1)
-        turned = taps_first.reshape(P * self.taps, groups) @ basis.astype(array.dtype).T
-        return turned.reshape(P, self.taps, r).transpose(0, 2, 1).reshape(P, r * self.taps)
 
     def in_basis(self, basis: Array) -> ResponseProblem:
         """The same problem in the coordinates X' = X Eᵀ (DESIGN 2).
@@ -407,17 +384,24 @@ class ResponseProblem:
             the basis that the problem already has.
         """
         other = self._without(*_COORDINATES)
-        other.W = self.to_basis(self.W, basis)
-        other.x_mean = self.to_basis(self.x_mean[None], basis)[0]
-        other.Xh = self.to_basis(self.Xh, basis)
+
+        def turned(array):
+            return to_basis(self.ops.xp, array, basis, self.taps)
+
+        other.W, other.x_mean = turned(self.W), turned(self.x_mean[None])[0]
         other.basis = basis if self.basis is None else basis @ self.basis
-        if "Xc" in self.__dict__:
-            other._unturned = (self.Xc, basis)
-        else:  # never materialised: turn once, by the product
-            other._unturned = (self._unturned[0], basis @ self._unturned[1])
+        other.samples = self.samples.turned(basis, self.taps)
+        other.held = self.held.turned(basis, self.taps)
         if "scatter" in self.__dict__:
-            other.scatter = self.to_basis(self.to_basis(self.scatter, basis).T, basis)
-            other.start_correlation = self.to_basis(self.start_correlation, basis)
+            other.scatter = turned(turned(self.scatter).T)
+            other.start_correlation = turned(self.start_correlation)
+        return other
+
+    def regrouped(self) -> ResponseProblem:
+        """The same problem with channels as the spatial form counts them, see `grouping`."""
+        other = self._without("channel_gram")
+        kernel_size = self.layer_io.kernel_size
+        other.channels, other.taps = grouping("spatial", self.channels, kernel_size)
         return other
 
     def truncated(self, r: int) -> ResponseProblem:
@@ -425,26 +409,19 @@ class ResponseProblem:
         width = r * self.taps
         other = self._without(*_COORDINATES)
         other.W, other.x_mean = self.W[:, :width], self.x_mean[:width]
-        other.Xh = self.Xh[:, :width]
+        other.samples, other.held = self.samples.leading(r), self.held.leading(r)
         other.scatter = self.scatter[:width, :width]
         other.start_correlation = self.start_correlation[:, :width]
         other.metric = self.metric.leading(width)
         other.basis = self.basis[:r]
-        other._unturned = (self._unturned[0], self._unturned[1][:r])
         return other
-
-    @cached_property
-    def Xc(self) -> Array:
-        """Fitted inputs in the problem's coordinates; turned only when first needed."""
-        source, basis = self._unturned
-        return self.to_basis(source, basis)
 
 
 def ordered_metric(
     problem: ResponseProblem, structure: Structure, support: Array | None
 ) -> tuple[Metric, int]:
     """A metric whose first columns are the support, and how many those are."""
-    if structure.form == "rotated":
+    if structure.r is not None:
         return problem.metric, structure.s * problem.taps
     return metric_of(problem, support)
 

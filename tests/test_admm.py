@@ -53,11 +53,11 @@ def by_cvxpy(problem, l1, l2, size=1):
     """Problem (3) on l_c for ReLU or identity, by a generic conic solver."""
     n, m = problem.W.shape
     A, B, b = cvxpy.Variable((n, m)), cvxpy.Variable((n, m)), cvxpy.Variable((1, n))
-    Z = (problem.Xc + problem.x_mean) @ (A + B).T + np.ones((problem.rows, 1)) @ b
-    positive = np.ones_like(problem.Y)
+    Z = (problem.samples.X + problem.x_mean) @ (A + B).T + np.ones((problem.rows, 1)) @ b
+    positive = np.ones_like(problem.samples.Y)
     if not problem.activation.is_identity:
-        positive = (problem.Y > 0).astype(float)
-    loss = cvxpy.sum_squares(cvxpy.multiply(positive, problem.Y - Z))
+        positive = (problem.samples.Y > 0).astype(float)
+    loss = cvxpy.sum_squares(cvxpy.multiply(positive, problem.samples.Y - Z))
     loss += cvxpy.sum_squares(cvxpy.multiply(1 - positive, cvxpy.pos(Z)))
     sparse = sum(cvxpy.norm(A[:, g : g + size], "fro") for g in range(0, m, size))
     whole = cvxpy.Problem(cvxpy.Minimize(loss / problem.rows + l1 * sparse + l2 * cvxpy.normNuc(B)))
@@ -202,7 +202,7 @@ def test_critical_weights_leave_nothing_and_zero_weights_leave_all():
     problem = make(n=5, m=8, P=100, seed=5)
     nothing = ADMM(lambda1=1.0, lambda2=1.0, iterations=3000, tolerance=1e-5).solve(problem)
     assert nothing.structure == Structure("columns", 0, 0)
-    np.testing.assert_allclose(nothing.bias, problem.Y.mean(axis=0), atol=1e-3)
+    np.testing.assert_allclose(nothing.bias, problem.samples.Y.mean(axis=0), atol=1e-3)
     everything = ADMM(lambda1=0.0, lambda2=0.0).solve(problem)
     assert everything.error < 1e-4
 

@@ -32,8 +32,8 @@ def conv_problem(seed=0, n=10, c=8, taps=4, rows=400, latent=5, **settings):
 
 def linear_objective(problem, M):
     """``||Zc - Xc Mᵀ||^2 + rho ||W - M||^2`` in plain arrays."""
-    Z = problem.Z - problem.z_mean
-    return np.sum((Z - problem.Xc @ M.T) ** 2) + problem.rho * np.sum((problem.W - M) ** 2)
+    Z = problem.samples.Z - problem.z_mean
+    return np.sum((Z - problem.samples.X @ M.T) ** 2) + problem.rho * np.sum((problem.W - M) ** 2)
 
 
 def test_curve_equals_the_error_of_the_closed_form():
@@ -61,8 +61,9 @@ def test_errors_fall_with_every_resource():
 def test_truncated_problem_is_the_problem_in_fewer_rows():
     problem = rotated(conv_problem(), 8)
     view, explicit = problem.truncated(5), conv_problem().in_basis(problem.basis[:5])
-    for name in ("G", "W", "Xc", "x_mean", "start_rhs", "basis"):
+    for name in ("G", "W", "x_mean", "start_rhs", "basis"):
         np.testing.assert_allclose(getattr(view, name), getattr(explicit, name), atol=1e-9)
+    np.testing.assert_allclose(view.samples.X, explicit.samples.X, atol=1e-9)
     np.testing.assert_allclose(view.metric.L @ view.metric.L.T, explicit.G, atol=1e-8)
 
 

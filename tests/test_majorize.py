@@ -44,7 +44,7 @@ def descent(problem, structure, support, convex, steps=6):
     solver.evaluate(problem, state)
     values = [state.objective]
     for _ in range(steps):
-        state = solver.step(problem, state, structure)
+        state = solver.steps(problem, state, structure)[-1]
         values.append(state.objective)
     return np.array(values), state
 
@@ -112,7 +112,7 @@ def test_closed_form_equals_alternating_least_squares(s, k):
     problem = random_problem(4, 6, 50, "identity", 6, targets=rng.normal(size=(50, 4)))
     support, complement = np.arange(s), np.arange(s, 6)
     state = Majorize().start(problem, Structure("columns", s, k), support)
-    X, Y, ones = (problem.Xc + problem.x_mean), problem.Y, np.ones((50, 1))
+    X, Y, ones = (problem.samples.X + problem.x_mean), problem.samples.Y, np.ones((50, 1))
     best = np.inf
     for _ in range(6):
         U = rng.normal(size=(4, k))
@@ -144,8 +144,8 @@ def test_v_on_the_complement_gives_the_same_function():
     assert result.V.shape == (2, 5) and result.structure == structure
     np.testing.assert_allclose(result.to_dense(), full, atol=1e-12)
     np.testing.assert_allclose(
-        (problem.Xc + problem.x_mean) @ result.to_dense().T,
-        (problem.Xc + problem.x_mean) @ A.T + ((problem.Xc + problem.x_mean) @ V.T) @ U.T,
+        (problem.samples.X + problem.x_mean) @ result.to_dense().T,
+        (problem.samples.X + problem.x_mean) @ A.T + ((problem.samples.X + problem.x_mean) @ V.T) @ U.T,
         atol=1e-11,
     )
     assert result.parameters == structure.cost(5, 8, 1) + 5

@@ -121,7 +121,7 @@ def test_gradient_at_zero_has_the_best_bias(activation, convex):
     zero = np.zeros((3, 4))
     found = minimize(
         lambda b: problem.objective(zero, b, convex=convex),
-        problem.Y.mean(axis=0),
+        problem.samples.Y.mean(axis=0),
         method="Nelder-Mead",
         options={"xatol": 1e-8, "fatol": 1e-14, "maxiter": 4000},
     )

@@ -50,11 +50,11 @@ def test_gradient_against_finite_differences(name, convex):
 def test_objective_is_the_mean_squared_error_after_the_activation():
     problem = make("relu")
     M, bias = problem.W + 0.3, problem.bias - 0.2
-    Z = (problem.Xc + problem.x_mean) @ M.T + bias
-    expected = np.sum((problem.Y - np.maximum(Z, 0)) ** 2) / problem.rows
+    Z = (problem.samples.X + problem.x_mean) @ M.T + bias
+    expected = np.sum((problem.samples.Y - np.maximum(Z, 0)) ** 2) / problem.rows
     assert problem.objective(M, bias) == pytest.approx(expected, rel=1e-13)
     assert problem.relative_error(M, bias) == pytest.approx(
-        expected * problem.rows / np.sum(problem.Y**2)
+        expected * problem.rows / np.sum(problem.samples.Y**2)
     )
 
 
@@ -62,7 +62,7 @@ def test_centring_equals_an_appended_column_of_ones():
     rng = np.random.default_rng(7)
     targets = rng.normal(size=(50, 3))
     problem = make("identity", targets=targets, linear_targets=targets)
-    augmented = np.hstack([(problem.Xc + problem.x_mean), np.ones((50, 1))])
+    augmented = np.hstack([(problem.samples.X + problem.x_mean), np.ones((50, 1))])
     expected = np.linalg.lstsq(augmented, targets, rcond=None)[0].T
     metric, kept = metric_of(problem, np.arange(4))
     state = closed_form(problem, metric, kept, 0)
@@ -106,9 +106,9 @@ def test_in_basis_is_an_exact_change_of_variables():
     E = np.kron(basis, np.eye(3))
     turned = problem.in_basis(basis)
     np.testing.assert_allclose(
-        turned.Xc + turned.x_mean, (problem.Xc + problem.x_mean) @ E.T, atol=1e-12
+        turned.samples.X + turned.x_mean, (problem.samples.X + problem.x_mean) @ E.T, atol=1e-12
     )
-    np.testing.assert_allclose(turned.Xh, problem.Xh @ E.T, atol=1e-12)
+    np.testing.assert_allclose(turned.held.X, problem.held.X @ E.T, atol=1e-12)
     np.testing.assert_allclose(turned.G, E @ problem.G @ E.T, atol=1e-9)
     np.testing.assert_allclose(turned.start_rhs, problem.start_rhs @ E.T, atol=1e-9)
     M = np.random.default_rng(11).normal(size=(3, 15))

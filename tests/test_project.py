@@ -24,6 +24,7 @@ ORDER = [
     "ops",
     "decomposition",
     "layer_io",
+    "samples",
     "penalties",
     "problem",
     "support",

@@ -32,12 +32,14 @@ from .launch import (
     slabs,
     virtual_width,
 )
+from .memory import DeviceMemory
 from .numpy_ops import NumpyOps
 from .pool import share_memory_pool
 
 Array = Any
 
 JACOBI_MAX = 128  # small side of a matrix, up to which one block with shared memory takes it
+AHEAD = 4  # iterations queued between two looks at their results
 JACOBI_SWEEPS = 30  # a bound; random matrices need 6 to 10
 
 i32, i64 = numpy.int32, numpy.int64  # kernel arguments have the kernel's width
@@ -69,6 +71,7 @@ class CupyOps(NumpyOps):
             cupy.cuda.Device(index).use()
         self._index = cupy.cuda.Device().id
         self.device = f"cuda:{self._index}"
+        self.memory, self.ahead = DeviceMemory(cupy, self._index), AHEAD
         self._kernels: dict[tuple[str, str, str], Any] = {}
         share_memory_pool(cupy)
 

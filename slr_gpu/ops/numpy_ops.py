@@ -15,6 +15,7 @@ import scipy.special
 
 from ..activations import Activation
 from ..errors import InputError, complain
+from .memory import HostMemory
 
 Array = Any
 
@@ -30,11 +31,17 @@ class NumpyOps:
         `scipy` or `cupyx.scipy`, with ``linalg`` and ``special`` loaded.
     device : str
         ``"cpu"`` or ``"cuda:<index>"``.
+    memory : HostMemory
+        What is free on the device, and the way there for rows that do not fit.
+    ahead : int
+        Iterations that a solver queues before it reads their results: 1 where reading is free.
     """
 
     xp = numpy
     scipy = scipy
     device = "cpu"
+    memory = HostMemory()
+    ahead = 1
 
     def asarray(self, array: Array, dtype: Any = None) -> Array:
         """Bring an array (NumPy, CuPy or torch) to this device, without a copy where possible."""
@@ -42,11 +49,18 @@ class NumpyOps:
             array = array.detach().cpu()
             # NumPy has no bfloat16.
             array = (array.float() if "bfloat16" in str(array.dtype) else array).numpy()
+        elif hasattr(array, "__cuda_array_interface__"):
+            array = array.get()
         return numpy.asarray(array, dtype=dtype)
 
     def to_numpy(self, array: Array) -> numpy.ndarray:
         """Bring an array of this device to host memory."""
         return numpy.asarray(array)
+
+    def read(self, scalars: list[Array | float]) -> list[float]:
+        """Bring scalars of this device to the host, all at once; waits for them."""
+        xp = self.xp
+        return self.to_numpy(xp.stack([xp.asarray(s, dtype="float64") for s in scalars])).tolist()
 
     def synchronize(self) -> None:
         """Wait until all queued work is done."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from ..decomposition import Decomposition, Status, Structure
@@ -32,7 +33,10 @@ HELD_OUT_GAIN = 2e-3
 
 @dataclass
 class MajorizeState:
-    """One iterate: whitened F = M L, the weight M, its bias, U, and the sweep at (M, bias)."""
+    """One iterate: whitened F = M L, the weight M, its bias, U, and the sweep at (M, bias).
+
+    `objective` and `held_out_error` are scalars on the device until they have been read.
+    """
 
     metric: Metric
     kept: int
@@ -42,8 +46,8 @@ class MajorizeState:
     U: Array
     curvature: float
     flattest: float = 0.0
-    loss: float = float("inf")
-    objective: float = float("inf")
+    objective: float | Array = float("inf")
+    held_out_error: float | Array = float("nan")
     RtX: Array = None
     R_mean: Array = None
 
@@ -70,6 +74,7 @@ class Majorize(Solver):
     tolerance: float = 1e-3
     patience: int = 2
     name: ClassVar[str] = "majorize"
+    forms: ClassVar[tuple[str, ...]] = ("columns", "channels", "rotated", "spatial")
 
     def start(
         self, problem: ResponseProblem, structure: Structure, support: Array | None = None
@@ -79,41 +84,65 @@ class Majorize(Solver):
         return closed_form(problem, metric, kept, structure.k)
 
     def evaluate(self, problem: ResponseProblem, state: MajorizeState) -> None:
-        """Fill in the loss and the masked residual at the state's (M, bias)."""
+        """Fill in the objective, the masked residual and the held-out error at (M, bias)."""
         convex = self.convex and problem.activation.has_convex_surrogate
-        state.loss, state.RtX, state.R_mean = problem.sweep(state.M, state.bias, convex=convex)
-        pull = float(problem.ops.xp.sum((state.M - problem.W) ** 2))
-        state.objective = state.loss + problem.rho / problem.rows * pull
+        loss, state.RtX, state.R_mean = problem.sweep(state.M, state.bias, convex=convex)
+        pull = problem.ops.xp.sum((state.M - problem.W) ** 2)
+        state.objective = loss + problem.rho / problem.rows * pull
+        state.held_out_error = problem.held_out_error(state.M, state.bias)
 
-    def step(
+    def attempt(
         self, problem: ResponseProblem, state: MajorizeState, structure: Structure
     ) -> MajorizeState:
-        """One majorisation, projection and sweep; `state` must have been evaluated.
+        """One majorisation at the state's curvature, projection and sweep; nothing is read."""
+        curvature = state.curvature
+        whitened = state.metric.whiten(state.RtX + problem.rho * (problem.W - state.M))
+        new = MajorizeState(state.metric, state.kept, None, None, None, None, curvature)
+        place(new, state.F + whitened / curvature, structure.k)
+        shift = (new.M - state.M) @ problem.x_mean
+        new.bias = state.bias + state.R_mean / curvature - shift
+        new.flattest = state.flattest
+        new.curvature = max(curvature * FLATTER, new.flattest)
+        self.evaluate(problem, new)
+        return new
+
+    def steps(
+        self, problem: ResponseProblem, state: MajorizeState, structure: Structure, count: int = 1
+    ) -> list[MajorizeState]:
+        """At most `count` iterations that lower the objective, and at least one.
 
         Where few responses are active the loss is much flatter than its majoriser, so flatter
-        ones are tried while the objective keeps falling. At the activation's own curvature the
-        step is accepted as it is (for proven bounds), or made steeper until the objective falls;
-        if it never does, the old state is returned.
+        ones are tried while the objective keeps falling. All `count` attempts are queued before
+        their objectives are read, at once; from the first that failed on they are void. At the
+        activation's own curvature an attempt counts as it is (for proven bounds), or the curvature
+        rises until the objective falls; if it never does, the old state is returned.
+
+        Parameters
+        ----------
+        state : MajorizeState
+            Evaluated.
         """
         bound = problem.activation.curvature
-        whitened = state.metric.whiten(state.RtX + problem.rho * (problem.W - state.M))
-        curvature = state.curvature
-        while curvature <= 256 * bound:
-            new = MajorizeState(state.metric, state.kept, None, None, None, None, curvature)
-            place(new, state.F + whitened / curvature, structure.k)
-            shift = (new.M - state.M) @ problem.x_mean
-            new.bias = state.bias + state.R_mean / curvature - shift
-            self.evaluate(problem, new)
-            if new.objective <= state.objective:
-                new.flattest = state.flattest
-                new.curvature = max(curvature * FLATTER, new.flattest)
-                return new
-            # A flat majoriser that failed once is not tried again.
-            state.flattest = min(curvature / FLATTER**2, bound)
-            if problem.activation.exact and curvature == bound:
-                return new
-            curvature = bound if curvature < bound else 2 * curvature
-        return state
+        read(problem, [state])
+        while state.curvature <= 256 * bound:
+            queued = [state]
+            for _ in range(count):
+                queued.append(self.attempt(problem, queued[-1], structure))
+            read(problem, queued[1:])
+            good = 0
+            for old, new in pairwise(queued):
+                proven = problem.activation.exact and old.curvature == bound
+                if not (proven or new.objective <= old.objective):
+                    break
+                good += 1
+            if good < count:
+                # A flat majoriser that failed once is not tried again.
+                last = queued[good]
+                last.flattest = min(last.curvature / FLATTER**2, bound)
+                last.curvature = bound if last.curvature < bound else 2 * last.curvature
+            if good:
+                return queued[1 : good + 1]
+        return [state]
 
     def solve(
         self,
@@ -137,39 +166,47 @@ class Majorize(Solver):
         began = time.perf_counter()
         state = self.start(problem, structure, support) if start is None else start
         first = best = state
-        best_error, since = problem.held_out_error(state.M, state.bias), 0
-        history, status = [], Status.CLOSED_FORM
+        history, status, since = [], Status.CLOSED_FORM, 0
         if self.iterations and not (problem.activation.is_identity and start is None):
             self.evaluate(problem, state)
+            read(problem, [state])
             status = Status.ITERATION_LIMIT
-        for iteration in range(self.iterations if status is Status.ITERATION_LIMIT else 0):
-            previous, state = state, self.step(problem, state, structure)
-            error = problem.held_out_error(state.M, state.bias)
-            history.append(
-                {
-                    "iteration": iteration + 1,
-                    "objective": state.objective,
-                    "held_out_error": error,
-                    "rank": state.U.shape[1],
-                    "groups": structure.s,
-                    "seconds": time.perf_counter() - began,
-                }
-            )
-            # Comparisons with NaN are false: without held-out rows the last iterate is kept.
-            since = since + 1 if error >= best_error * (1 - HELD_OUT_GAIN) else 0
-            if not error >= best_error:
-                best, best_error = state, error
-            if previous.objective - state.objective <= self.tolerance * previous.objective:
-                status = Status.CONVERGED
-                break
-            if since >= self.patience:
-                status = Status.HELD_OUT_STOP
-                break
+        while status is Status.ITERATION_LIMIT and len(history) < self.iterations:
+            count = min(problem.ops.ahead, self.iterations - len(history))
+            for new in self.steps(problem, state, structure, count):
+                previous, state, error = state, new, new.held_out_error
+                history.append(
+                    {
+                        "iteration": len(history) + 1,
+                        "objective": state.objective,
+                        "held_out_error": error,
+                        "rank": state.U.shape[1],
+                        "groups": structure.s,
+                        "seconds": time.perf_counter() - began,
+                    }
+                )
+                # Comparisons with NaN are false: without held-out rows the last iterate is kept.
+                since = since + 1 if error >= best.held_out_error * (1 - HELD_OUT_GAIN) else 0
+                if not error >= best.held_out_error:
+                    best = state
+                if previous.objective - state.objective <= self.tolerance * previous.objective:
+                    status = Status.CONVERGED
+                elif since >= self.patience:
+                    status = Status.HELD_OUT_STOP
+                if status is not Status.ITERATION_LIMIT:
+                    break
         result = assemble(problem, structure, best, status, history)
         if history and best is first and not problem.activation.exact:
             note = f"linear fit: looking through {problem.activation.name} did not help"
             result = result.replace(notes=(note,))
         return result
+
+
+def read(problem: ResponseProblem, states: list[MajorizeState]) -> None:
+    """Bring objectives and held-out errors to the host, all at once."""
+    values = problem.ops.read([v for s in states for v in (s.objective, s.held_out_error)])
+    for state, objective, error in zip(states, values[::2], values[1::2], strict=True):
+        state.objective, state.held_out_error = objective, error
 
 
 def place(state: MajorizeState, F: Array, k: int) -> None:
@@ -232,7 +269,7 @@ def assemble(
         kernel_size=layer_io.kernel_size,
         activation=problem.activation.name,
         error=problem.relative_error(state.M, state.bias),
-        held_out_error=problem.held_out_error(state.M, state.bias),
+        held_out_error=float(problem.held_out_error(state.M, state.bias)),
         status=status,
         history=history,
     )

@@ -1,0 +1,180 @@
+"""Memory of a device: how much is free, and how rows that do not fit pass through it.
+
+In: host arrays and the rows wanted of them. Out: blocks of rows on the device. On the CPU a block
+is a view or a gather; on a CUDA device two buffers alternate, so that one is filled by a copy
+stream while the other is being computed on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+
+Array = Any
+
+# Share of the free memory that arrays which stay may take, and that the work on one block may.
+RESIDENT_SHARE = 0.5
+BLOCK_SHARE = 0.1
+
+
+class HostMemory:
+    """The CPU's: everything is where it is used.
+
+    Attributes
+    ----------
+    errors : tuple of type
+        What running out of memory raises.
+    """
+
+    errors: tuple[type[BaseException], ...] = (MemoryError,)
+
+    def fits(self, bytes_wanted: int) -> bool:
+        """Whether arrays of this size may stay on the device."""
+        return True
+
+    def block_rows(self, usual: int, most: int, bytes_a_row: int) -> int:
+        """Rows a block: `usual` on the CPU, where blocks should fit the caches.
+
+        On a device as many as a share of the free memory holds, between `usual` and `most`.
+        """
+        return usual
+
+    def release(self) -> None:
+        """Give memory that is held but not used back to the device."""
+
+    def stream(
+        self, arrays: tuple[Array, ...], index: Array, size: int
+    ) -> Iterator[tuple[Array, ...]]:
+        """The rows `index` of host arrays, `size` at a time, on the device.
+
+        A block may be overwritten once the next one has been asked for.
+        """
+        for start in range(0, len(index), size):
+            rows = index[start : start + size]
+            yield tuple(array[rows] for array in arrays)
+
+
+class DeviceMemory(HostMemory):
+    """A CUDA device's.
+
+    Parameters
+    ----------
+    cupy : module
+    index : int
+        The device.
+    """
+
+    def __init__(self, cupy: Any, index: int) -> None:
+        self._cupy, self._index = cupy, index
+        torch = sys.modules.get("torch")
+        errors = [cupy.cuda.memory.OutOfMemoryError, MemoryError]
+        if torch is not None:
+            errors.append(torch.cuda.OutOfMemoryError)
+        self.errors = tuple(errors)
+
+    def free(self) -> int:
+        """Bytes that can be had: free by NVML, plus what the pool holds and does not use."""
+        return self._free_on_device() + self._unused_in_pool()
+
+    def _free_on_device(self) -> int:
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            try:
+                bus = self._cupy.cuda.Device(self._index).pci_bus_id
+                handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus)
+                return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+            finally:
+                pynvml.nvmlShutdown()
+        except (ImportError, pynvml_error()):
+            # Without the extra, or where NVML does not tell (MIG, WSL), the runtime does.
+            with self._cupy.cuda.Device(self._index):
+                return int(self._cupy.cuda.runtime.memGetInfo()[0])
+
+    def _unused_in_pool(self) -> int:
+        torch = sys.modules.get("torch")
+        unused = int(self._cupy.get_default_memory_pool().free_bytes())
+        if torch is not None and torch.cuda.is_initialized():
+            reserved = torch.cuda.memory_reserved(self._index)
+            unused += int(reserved - torch.cuda.memory_allocated(self._index))
+        return unused
+
+    def fits(self, bytes_wanted: int) -> bool:
+        return bytes_wanted <= RESIDENT_SHARE * self.free()
+
+    def block_rows(self, usual: int, most: int, bytes_a_row: int) -> int:
+        return int(min(max(BLOCK_SHARE * self.free() // bytes_a_row, usual), most))
+
+    def release(self) -> None:
+        self._cupy.get_default_memory_pool().free_all_blocks()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def stream(
+        self, arrays: tuple[Array, ...], index: Array, size: int
+    ) -> Iterator[tuple[Array, ...]]:
+        cupy = self._cupy
+        size = min(size, len(index))
+        compute, copies = cupy.cuda.get_current_stream(), cupy.cuda.Stream(non_blocking=True)
+        slots = [_Slot(cupy, arrays, size) for _ in range(2)]
+        # What the pool hands out may still be in use by work queued earlier.
+        copies.wait_event(compute.record())
+
+        def fill(number: int) -> _Slot | None:
+            rows = index[number * size : (number + 1) * size]
+            if not len(rows):
+                return None
+            slot = slots[number % 2]
+            slot.fill(arrays, rows, copies)
+            return slot
+
+        try:
+            number, ahead = 0, fill(0)
+            while ahead is not None:
+                slot, number = ahead, number + 1
+                ahead = fill(number)
+                compute.wait_event(slot.copied)
+                yield slot.block()
+                slot.used.record(compute)
+        finally:
+            # Buffers go back to the pool only after the last work on them.
+            copies.synchronize()
+            compute.synchronize()
+
+
+class _Slot:
+    """Pinned host buffers and device buffers for one block, and when each may be touched again."""
+
+    def __init__(self, cupy: Any, arrays: tuple[Array, ...], size: int) -> None:
+        self.rows = 0
+        self.copied, self.used = cupy.cuda.Event(), cupy.cuda.Event()
+        self.device = [cupy.empty((size, *a.shape[1:]), a.dtype) for a in arrays]
+        self._pinned = [cupy.cuda.alloc_pinned_memory(d.nbytes) for d in self.device]
+        self._host = [
+            numpy.frombuffer(memory, d.dtype, d.size).reshape(d.shape)
+            for memory, d in zip(self._pinned, self.device, strict=True)
+        ]
+
+    def fill(self, arrays: tuple[Array, ...], rows: Array, stream: Any) -> None:
+        """Gather rows on the host and queue their copy to the device."""
+        self.copied.synchronize()  # the last copy out of the pinned buffers
+        stream.wait_event(self.used)  # the last work on the device buffers
+        self.rows = len(rows)
+        for array, host, device in zip(arrays, self._host, self.device, strict=True):
+            numpy.take(array, rows, axis=0, out=host[: self.rows])
+            device[: self.rows].set(host[: self.rows], stream=stream)
+        self.copied.record(stream)
+
+    def block(self) -> tuple[Array, ...]:
+        return tuple(device[: self.rows] for device in self.device)
+
+
+def pynvml_error() -> type[BaseException]:
+    """The class of NVML's errors; one that is never raised where pynvml is not installed."""
+    pynvml = sys.modules.get("pynvml")
+    return pynvml.NVMLError if pynvml is not None else ImportError
