@@ -38,6 +38,7 @@ from ..problem import ResponseProblem
 from .base import Solver
 from .refit import decompose
 from .splitting import (
+    READ,
     ADMMState,
     Setting,
     allowed_groups,
@@ -205,7 +206,7 @@ class ADMM(Solver):
             convex,
             curvature * largest_eigenvalue(problem.ops, problem.G),
             (math.sqrt(float(xp.mean(problem.W**2))), gradient),
-            1e6 * (loss + at_zero + problem.target_energy),
+            1e6 * (float(loss) + at_zero + problem.target_energy),
         )
         t = self.t
         if t is None:
@@ -239,29 +240,29 @@ class ADMM(Solver):
         new_dual = dual + t * (total - new.M)
         kept = setting.sparse.norms(problem.ops, new_A) > 0
         before = setting.sparse.norms(problem.ops, A) > 0
-        changed = int((kept & ~before).sum())
+        changed = (kept & ~before).sum()
         return measured(
             problem,
             state,
-            replace(new, dual=new_dual, groups=int(kept.sum()), changed=changed),
+            replace(new, dual=new_dual, groups=kept.sum(), changed=changed),
             proximal=self.scheme == "proximal",
             majorized=self.m_step == "majorize",
             relaxation=self.relaxation,
             tolerance=self.tolerance,
         )
 
-    def _next_t(self, state: ADMMState, iteration: int, first_t: float) -> float:
+    def _next_t(self, ops: Any, state: ADMMState, iteration: int, first_t: float) -> Any:
+        """The penalty parameter of the next iteration; a number stays the same object."""
+        xp = ops.xp
         if state.setting.budgets is not None:
             low, high = self.growth
-            share = min(1.0, 10 * state.changed / max(state.setting.budgets[0], 1))
-            return min(state.t * (low + (high - low) * share), 1e6 * first_t)
+            share = xp.minimum(1.0, 10 * state.changed / max(state.setting.budgets[0], 1))
+            return xp.minimum(state.t * (low + (high - low) * share), 1e6 * first_t)
         if self.balance and iteration % 5 == 4 and 2 * iteration < self.iterations:
-            primal = state.primal_residual / max(state.primal_tolerance, 1e-300)
-            dual = state.dual_residual / max(state.dual_tolerance, 1e-300)
-            if primal > 10 * dual:
-                return state.t * 2
-            if dual > 10 * primal:
-                return state.t / 2
+            primal = state.primal_residual / xp.maximum(state.primal_tolerance, 1e-300)
+            dual = state.dual_residual / xp.maximum(state.dual_tolerance, 1e-300)
+            factor = xp.where(primal > 10 * dual, 2.0, xp.where(dual > 10 * primal, 0.5, 1.0))
+            return state.t * factor
         return state.t
 
     def iterate(
@@ -270,33 +271,47 @@ class ADMM(Solver):
         structure: Structure | None = None,
         support: Array | None = None,
     ) -> tuple[ADMMState, Status, list[dict[str, Any]]]:
-        """Run the iteration alone: the last usable iterate, how it ended, and its history."""
-        began = time.perf_counter()
+        """Run the iteration alone: the last usable iterate, how it ended, and its history.
+
+        On a device several iterations are queued before their numbers are read; those that come
+        after the last one are dropped.
+        """
+        began, ops = time.perf_counter(), problem.ops
         state = self.start(problem, structure, support)
-        first_t, status, history, still = state.t, Status.ITERATION_LIMIT, [], 0
-        for iteration in range(self.iterations):
-            with numpy.errstate(over="ignore", invalid="ignore"):
-                new = self.step(problem, state)
-            if not new.finite:
-                return state, Status.DIVERGED, history
-            state = new
-            entry = {"iteration": iteration + 1, "phase": "admm"}
-            for name in ("objective", "primal_residual", "dual_residual", "rank", "groups", "t"):
-                entry[name] = getattr(state, name)
-            if self.scheme == "proximal":
-                entry["lyapunov"] = state.lyapunov
-            history.append(entry | {"seconds": time.perf_counter() - began})
-            still = 0 if state.changed else still + 1
-            primal = state.primal_residual <= state.primal_tolerance
-            dual = state.dual_residual <= state.dual_tolerance
-            if structure is None:
-                done = primal and dual
-            else:
-                done = primal and still >= 10 and (dual or self.refit)
-            if done:
-                return state, Status.CONVERGED, history
-            state = replace(state, t=self._next_t(state, iteration, first_t))
-        return state, status, history
+        first_t, history, still = state.t, [], 0
+        names = ["objective", "primal_residual", "dual_residual", "rank", "groups", "t"]
+        names += ["lyapunov"] if self.scheme == "proximal" else []
+        while len(history) < self.iterations:
+            queued, following = [], state
+            for ahead in range(min(ops.ahead, self.iterations - len(history))):
+                with numpy.errstate(over="ignore", invalid="ignore"):
+                    new = self.step(problem, following)
+                    queued.append(new)
+                    t = self._next_t(ops, new, len(history) + ahead, first_t)
+                following = replace(new, t=t)
+            values = ops.read([getattr(new, name) for new in queued for name in READ])
+            for i, new in enumerate(queued):
+                numbers = dict(zip(READ, values[i * len(READ) : (i + 1) * len(READ)], strict=True))
+                finite = math.isfinite(numbers["primal_residual"])
+                if not (finite and numbers["loss"] <= state.setting.ceiling):
+                    return state, Status.DIVERGED, history
+                numbers |= {name: int(numbers[name]) for name in ("rank", "groups", "changed")}
+                # t itself stays the object that the factor was made for.
+                state = replace(new, **{name: numbers[name] for name in READ if name != "t"})
+                entry = {"iteration": len(history) + 1, "phase": "admm"}
+                entry |= {name: numbers[name] for name in names}
+                history.append(entry | {"seconds": time.perf_counter() - began})
+                still = 0 if numbers["changed"] else still + 1
+                primal = numbers["primal_residual"] <= numbers["primal_tolerance"]
+                dual = numbers["dual_residual"] <= numbers["dual_tolerance"]
+                if structure is None:
+                    done = primal and dual
+                else:
+                    done = primal and still >= 10 and (dual or self.refit)
+                if done:
+                    return state, Status.CONVERGED, history
+            state = replace(state, t=following.t)
+        return state, Status.ITERATION_LIMIT, history
 
     def solve(
         self,

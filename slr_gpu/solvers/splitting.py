@@ -55,9 +55,28 @@ class Setting:
     ceiling: float
 
 
+# What is read of an iterate, all at once.
+READ = (
+    "loss",
+    "objective",
+    "primal_residual",
+    "dual_residual",
+    "primal_tolerance",
+    "dual_tolerance",
+    "lyapunov",
+    "t",
+    "rank",
+    "groups",
+    "changed",
+)
+
+
 @dataclass(frozen=True, eq=False)
 class ADMMState:
-    """One iterate, evaluated: the sweep at (M, bias) is part of it."""
+    """One iterate, evaluated: the sweep at (M, bias) is part of it.
+
+    Its numbers (`READ`) are scalars on the device.
+    """
 
     setting: Setting
     A: Array
@@ -65,30 +84,25 @@ class ADMMState:
     M: Array
     bias: Array
     dual: Array
-    t: float
-    loss: float = math.inf
+    t: float | Array
+    loss: float | Array = math.inf
     RtX: Array = None
     R_mean: Array = None
-    objective: float = math.inf
-    primal_residual: float = math.inf
-    dual_residual: float = math.inf
-    primal_tolerance: float = 0.0
-    dual_tolerance: float = 0.0
-    lyapunov: float = math.inf
-    rank: int = 0
-    groups: int = 0
-    changed: int = 0
-    factor: tuple[float, Array] | None = None
-
-    @property
-    def finite(self) -> bool:
-        """Whether the iterate is a number, and of a plausible size."""
-        return math.isfinite(self.primal_residual) and self.loss <= self.setting.ceiling
+    objective: float | Array = math.inf
+    primal_residual: float | Array = math.inf
+    dual_residual: float | Array = math.inf
+    primal_tolerance: float | Array = 0.0
+    dual_tolerance: float | Array = 0.0
+    lyapunov: float | Array = math.inf
+    rank: int | Array = 0
+    groups: int | Array = 0
+    changed: int | Array = 0
+    factor: tuple[float | Array, Array] | None = None
 
 
-def norm(ops: Any, *arrays: Array) -> float:
-    """Euclidean norm of several arrays taken as one vector."""
-    return math.sqrt(sum(float(ops.xp.sum(a * a)) for a in arrays))
+def norm(ops: Any, *arrays: Array) -> Array:
+    """Euclidean norm of several arrays taken as one vector; a scalar on the device."""
+    return ops.xp.sqrt(sum(ops.xp.sum(a * a) for a in arrays))
 
 
 def measured(
@@ -103,13 +117,15 @@ def measured(
 ) -> ADMMState:
     """The new iterate with its objective, residuals, tolerances and Lyapunov quantity.
 
+    The loss of an iterate that is not `plausible` is infinite.
+
     The objective is f(M, b) + lambda1 ||A||_{2,1} + lambda2 ||B||_*, at iterates that meet the
     constraint only in the limit; f alone with hard budgets.
     """
     ops, setting, t = problem.ops, new.setting, new.t
     xp = ops.xp
-    if not (math.isfinite(new.loss) and all(plausible(ops, a) for a in (new.M, new.dual, new.RtX))):
-        return replace(new, loss=math.inf)
+    usable = plausible(ops, new.M) & plausible(ops, new.dual) & plausible(ops, new.RtX)
+    loss = xp.where(usable & xp.isfinite(new.loss), new.loss, math.inf)
     total = new.A + new.B
     move_A, move_B, move_M = new.A - old.A, new.B - old.B, new.M - old.M
     if proximal:
@@ -120,7 +136,7 @@ def measured(
     gradient = -2 / problem.rows * new.RtX
     curvature = 2 * problem.activation.curvature
     if majorized:
-        metric = curvature / problem.rows * float(xp.sum((move_M @ problem.G) * move_M))
+        metric = curvature / problem.rows * xp.sum((move_M @ problem.G) * move_M)
     else:
         metric = setting.lipschitz * norm(ops, move_M) ** 2
     lyapunov = (
@@ -130,14 +146,17 @@ def measured(
         + curvature * norm(ops, new.bias - old.bias + move_M @ problem.x_mean) ** 2
         + norm(ops, new.dual - old.dual) ** 2 / t
     )
-    objective = new.loss
+    objective = loss
     if setting.weights is not None:
-        objective += setting.weights[0] * setting.sparse.value(ops, new.A)
-        objective += setting.weights[1] * setting.low_rank.value(ops, new.B)
+        # No factorisation is asked to work on what is not finite.
+        B = xp.where(plausible(ops, new.B), new.B, 0)
+        objective = objective + setting.weights[0] * setting.sparse.norms(ops, new.A).sum()
+        objective = objective + setting.weights[1] * xp.linalg.svd(B, compute_uv=False).sum()
     size = 1e-3 * math.sqrt(total.size)
-    length = max(norm(ops, total), norm(ops, new.M))
+    length = xp.maximum(norm(ops, total), norm(ops, new.M))
     return replace(
         new,
+        loss=loss,
         objective=objective,
         primal_residual=norm(ops, total - new.M),
         dual_residual=norm(ops, in_A, in_B, gradient - new.dual, 2 * new.R_mean),
@@ -147,37 +166,40 @@ def measured(
     )
 
 
-def plausible(ops: Any, array: Array) -> bool:
+def plausible(ops: Any, array: Array) -> Array:
     """Whether squares of the entries can be worked with: neither NaN nor near overflow."""
-    return bool(ops.xp.max(ops.xp.abs(array)) < 1e100)
+    return ops.xp.max(ops.xp.abs(array)) < 1e100
 
 
-def sparse_step(problem: ResponseProblem, setting: Setting, C: Array, tau: float) -> Array:
+def sparse_step(problem: ResponseProblem, setting: Setting, C: Array, tau: float | Array) -> Array:
     """A from what is left for it: group soft threshold at lambda1 / tau, or the s largest.
 
     NaN when C is not `plausible`, and so for B: no factorisation is asked to work on that.
     """
-    ops, sparse = problem.ops, setting.sparse
-    if not plausible(ops, C):
-        return ops.xp.full_like(C, math.nan)
+    ops, xp, sparse = problem.ops, problem.ops.xp, setting.sparse
+    good = plausible(ops, C)
+    C = xp.where(good, C, 0)
     if setting.budgets is not None:
-        return sparse.hard(ops, C, setting.budgets[0], setting.allowed)
-    A = sparse.prox(ops, C, setting.weights[0] / tau)
-    return A * ops.xp.repeat(setting.allowed, sparse.group_size)[None]
+        A = sparse.hard(ops, C, setting.budgets[0], setting.allowed)
+    else:
+        A = sparse.prox(ops, C, setting.weights[0] / tau)
+        A = A * xp.repeat(setting.allowed, sparse.group_size)[None]
+    return xp.where(good, A, math.nan)
 
 
 def low_rank_step(
-    problem: ResponseProblem, setting: Setting, C: Array, tau: float
-) -> tuple[Array, int]:
+    problem: ResponseProblem, setting: Setting, C: Array, tau: float | Array
+) -> tuple[Array, int | Array]:
     """B from what is left for it, and its rank: SVT at lambda2 / tau, or rank k."""
-    ops = problem.ops
-    if not plausible(ops, C):
-        return ops.xp.full_like(C, math.nan), 0
+    ops, xp = problem.ops, problem.ops.xp
+    good = plausible(ops, C)
+    C = xp.where(good, C, 0)
     if setting.budgets is not None:
-        k = min(setting.budgets[1], *C.shape)
-        return setting.low_rank.hard(ops, C, k), k
-    B, _, rank = ops.svt(C[None], setting.weights[1] / tau)
-    return B[0], int(rank[0])
+        rank = min(setting.budgets[1], *C.shape)
+        B = setting.low_rank.hard(ops, C, rank)
+    else:
+        (B,), _, (rank,) = ops.svt(C[None], setting.weights[1] / tau)
+    return xp.where(good, B, math.nan), rank
 
 
 def weight_step(
@@ -191,7 +213,7 @@ def weight_step(
     xp, t = problem.ops.xp, state.t
     c, P = problem.activation.curvature, problem.rows
     factor = state.factor
-    if majorize and (factor is None or factor[0] != t):
+    if majorize and (factor is None or factor[0] is not t):
         system = 2 * c / P * problem.G + t * xp.eye(problem.width)
         factor = (t, xp.linalg.cholesky(system))
     # y is the extrapolated point, at which the sweep is known.
@@ -276,9 +298,9 @@ def found_structure(
         return structure, state.setting.allowed if structure.form == "rotated" else groups
     rest = state.B[:, ~xp.repeat(groups, sparse.group_size)]
     rank = 0
-    if rest.size and state.rank:
+    if rest.size and int(state.rank):
         sigma = xp.linalg.svd(rest, compute_uv=False)
-        rank = min(int((sigma > 1e-9 * norm(problem.ops, state.B)).sum()), state.rank)
+        rank = min(int((sigma > 1e-9 * norm(problem.ops, state.B)).sum()), int(state.rank))
     form, r = "columns" if sparse.group_size == 1 else "channels", None
     if problem.basis is not None:
         form, r = "rotated", len(problem.basis)
