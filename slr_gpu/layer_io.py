@@ -1,6 +1,6 @@
 """The arrays around one layer: its weight, rows of its input and the responses wanted for them.
 
-In: plain arrays (NumPy, CuPy or torch). Out: checked host arrays in one layout (DESIGN 2):
+In: plain arrays (NumPy, CuPy or torch). Out: checked arrays in one layout (DESIGN 2):
 ``weight (n, m)``, ``inputs (P, m)``, ``targets (P, n)``; for a convolution m = c * prod(kernel)
 with input channel c owning neighbouring columns, and a row of inputs is one im2col row.
 """
@@ -16,20 +16,26 @@ import numpy as np
 
 from . import activations
 from .errors import InputError, complain
-from .ops import NumpyOps
+from .ops import NumpyOps, get_ops, why_not_cuda
 from .storage import load_arrays, save_arrays
 
-_HOST = NumpyOps()
+Array = Any
 
 
-def _as_host(name: str, array: Any) -> np.ndarray:
-    """To a host array of float32 or float64 without NaN or Inf."""
-    if hasattr(array, "detach"):
-        array = array.detach().cpu()
-        array = array.float().numpy() if array.element_size() < 4 else array.numpy()
-    elif hasattr(array, "get") and hasattr(array, "device"):
-        array = array.get()
-    array = np.asarray(array)
+def _ops_for(array: Any) -> NumpyOps:
+    """The operations of the device that holds an array; the CPU's where none are to be had."""
+    if getattr(array, "is_cuda", False):  # torch
+        index = array.device.index
+    elif hasattr(array, "__cuda_array_interface__"):
+        index = array.device.id
+    else:
+        return NumpyOps()
+    return get_ops(f"cuda:{index}") if why_not_cuda(index) is None else NumpyOps()
+
+
+def _floating(ops: NumpyOps, name: str, array: Any) -> Array:
+    """To an array of float32 or float64 without NaN or Inf, on the device of `ops`."""
+    xp, array = ops.xp, ops.asarray(array)
     if array.dtype not in (np.float32, np.float64):
         if array.dtype.kind not in "fiub":
             raise InputError(
@@ -38,9 +44,9 @@ def _as_host(name: str, array: Any) -> np.ndarray:
         array = array.astype(np.float32)
     # A sum is finite only if no entry is NaN or Inf; the exact test runs only if it is not.
     with np.errstate(over="ignore", invalid="ignore"):
-        total = array.sum(dtype=np.float64)
-    if not np.isfinite(total) and not np.isfinite(array).all():
-        rows = np.argwhere(~np.isfinite(array))
+        total = float(array.sum(dtype=np.float64))
+    if not np.isfinite(total) and not bool(xp.isfinite(array).all()):
+        rows = ops.to_numpy(xp.argwhere(~xp.isfinite(array)))
         raise InputError(
             complain(
                 f"{len(rows)} NaN or Inf in {name}, the first at index {tuple(rows[0].tolist())}",
@@ -53,6 +59,9 @@ def _as_host(name: str, array: Any) -> np.ndarray:
 
 class LayerIO:
     """One layer with calibration rows.
+
+    Arrays stay where `inputs` are: in host memory, or on the CUDA device that holds them (CuPy
+    arrays and torch tensors, without a copy) if CuPy works on it.
 
     Parameters
     ----------
@@ -92,7 +101,8 @@ class LayerIO:
         linear_targets: Any = None,
         sample_ids: Any = None,
     ) -> None:
-        weight = _as_host("weight", weight)
+        self.ops = _ops_for(inputs)
+        weight = _floating(self.ops, "weight", weight)
         if weight.ndim < 2:
             raise InputError(
                 complain(
@@ -122,7 +132,7 @@ class LayerIO:
                 )
             )
         self.bias = (
-            np.zeros(n, self.weight.dtype) if bias is None else self._checked("bias", bias, (n,))
+            self.ops.xp.zeros(n, self.weight.dtype) if bias is None else self._checked("bias", bias, (n,))
         )
         self.linear_targets = self._checked("linear_targets", linear_targets, (count, n))
         self.targets = self._checked("targets", targets, (count, n))
@@ -130,10 +140,12 @@ class LayerIO:
             response = self.linear_targets
             if response is None:
                 response = self.responses
-            self.targets = self.activation.value(_HOST, response)
+            self.targets = self.activation.value(self.ops, response)
         elif self.targets.dtype != self.inputs.dtype:
             self.targets = self.targets.astype(self.inputs.dtype)
-        self.sample_ids = np.arange(count) if sample_ids is None else np.asarray(sample_ids)
+        if sample_ids is None:
+            sample_ids = np.arange(count)
+        self.sample_ids = np.asarray(self.ops.to_numpy(self.ops.asarray(sample_ids)))
         if self.sample_ids.shape != (count,) or np.any(np.diff(self.sample_ids) < 0):
             raise InputError(
                 complain(
@@ -143,11 +155,10 @@ class LayerIO:
                 )
             )
 
-    @staticmethod
-    def _checked(name: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray | None:
+    def _checked(self, name: str, array: Any, shape: tuple[int | None, ...]) -> Array | None:
         if array is None:
             return None
-        array = _as_host(name, array)
+        array = _floating(self.ops, name, array)
         fits = array.ndim == len(shape) and all(
             want is None or want == got for want, got in zip(shape, array.shape, strict=True)
         )
@@ -167,7 +178,7 @@ class LayerIO:
         return self.weight.shape[1] // self.taps
 
     @cached_property
-    def responses(self) -> np.ndarray:
+    def responses(self) -> Array:
         """The layer's own responses (P, n) to these inputs, before the activation."""
         return self.inputs @ self.weight.T + self.bias
 
@@ -196,13 +207,12 @@ class LayerIO:
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, atomically."""
-        arrays = {
-            name: getattr(self, name)
-            for name in ("weight", "bias", "inputs", "targets", "linear_targets", "sample_ids")
-        }
+        names = ("weight", "bias", "inputs", "targets", "linear_targets")
+        arrays = {name: getattr(self, name) for name in names}
+        host = {name: self.ops.to_numpy(a) for name, a in arrays.items() if a is not None}
         save_arrays(
             path,
-            {name: array for name, array in arrays.items() if array is not None},
+            host | {"sample_ids": self.sample_ids},
             kind="layer_io",
             metadata={
                 "activation": self.activation.name,

@@ -6,6 +6,7 @@ In: small layers; `device_double` in place of CuPy. Checked against the CPU's re
 from __future__ import annotations
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -75,6 +76,29 @@ def test_rows_that_do_not_fit_stream_through_and_blocks_are_halved(monkeypatch, 
         theirs = fit_on(monkeypatch, ops, layer_io, **request)
     same(ours, theirs)
     assert ops.memory.released and max(ops.memory.sizes) <= 150
+
+
+@pytest.mark.parametrize("rows", [None, 200])
+def test_rows_on_a_device_stay_there(monkeypatch, rows):
+    """Or pass through it in blocks, where a second copy of them does not fit."""
+    host, ops = layer("relu"), DoubleOps(rows)
+    monkeypatch.setattr("slr_gpu.layer_io.why_not_cuda", lambda index: None)
+    monkeypatch.setattr("slr_gpu.layer_io.get_ops", lambda device: ops)
+    arrays = (host.weight, host.bias, host.inputs, host.targets)
+    device = slr_gpu.LayerIO(
+        *(ops.asarray(a) for a in arrays),
+        kernel_size=(3, 3),
+        linear_targets=ops.asarray(host.linear_targets),
+    )
+    assert all(isinstance(a, DeviceArray) for a in (device.inputs, device.targets, device.weight))
+    request = {"keep": 0.3, "form": "rotated"}
+    ours = slr_gpu.fit(host, **request)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        same(ours, fit_on(monkeypatch, ops, device, **request))
+    # The CPU can be asked for all the same.
+    monkeypatch.setattr(DeviceArray, "get", lambda self: self.host, raising=False)
+    same(ours, fit_on(monkeypatch, NumpyOps(), device, **request))
 
 
 def test_no_memory_even_for_a_small_block(monkeypatch):
