@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from .errors import InputError, ModelError, complain
 from .graph import LayerSite, hooks
 from .layer_io import LayerIO
 from .layers import adapter_for
+from .ops import NumpyOps
 
 Batch = tuple[Any, ...]
 
@@ -173,14 +175,17 @@ class References:
     Attributes
     ----------
     linear_targets, inputs : dict of str to array
-        Sampled rows; inputs only where asked for.
+        Sampled rows; inputs only where asked for. NumPy arrays, or torch tensors on the device.
+    resident : bool
+        Whether rows stay on the device of the model.
     positions : dict of str to list of int
         Output positions a sample, batch by batch (they may vary with the length of the inputs).
     """
 
-    linear_targets: dict[str, np.ndarray]
-    inputs: dict[str, np.ndarray]
+    linear_targets: dict[str, Any]
+    inputs: dict[str, Any]
     positions: dict[str, list[int]]
+    resident: bool = False
 
     def release(self, name: str) -> None:
         """Forget a layer's rows."""
@@ -188,8 +193,22 @@ class References:
         self.inputs.pop(name, None)
 
 
-def _host(rows: list[Tensor]) -> np.ndarray:
-    return torch.cat([part.detach().float().cpu() for part in rows]).numpy()
+def _joined(rows: list[Tensor], resident: bool) -> Any:
+    """All rows (P, width) in float32: a tensor where they are, or a host array."""
+    rows = [part.detach().float() for part in rows]
+    return torch.cat(rows) if resident else torch.cat([part.cpu() for part in rows]).numpy()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products and convolutions of float32 without TF32, whose ten bits would be fitted to."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def record_references(
@@ -199,6 +218,7 @@ def record_references(
     sampler: Sampler,
     *,
     with_inputs: bool = False,
+    ops: NumpyOps | None = None,
     advance: Callable[[int], None] = lambda samples: None,
 ) -> References:
     """Responses before the activation (and inputs) of all layers, sampled, in one pass.
@@ -209,6 +229,8 @@ def record_references(
         The original, BatchNorms folded.
     with_inputs : bool
         Also keep the layers' inputs in the original, for symmetric fits.
+    ops : NumpyOps, optional
+        Where the fits will run: rows stay there where it is a device that has room for all.
     advance : callable
         Told how many samples have gone through, for a progress bar.
     """
@@ -216,6 +238,11 @@ def record_references(
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     positions: dict[str, list[int]] = {site.name: [] for site in sites}
     number = 0
+    resident = _stays(model, sites, sampler, with_inputs, ops)
+
+    def kept(rows: Tensor) -> Tensor:
+        # Taken now: an in-place activation may write over the response.
+        return rows.clone() if resident else rows.cpu().clone()
 
     def collect(site: LayerSite, layer: nn.Module) -> Callable:
         adapter = adapter_for(layer)
@@ -223,10 +250,9 @@ def record_references(
         def hook(module, args, output):
             positions[site.name].append(adapter.positions(layer, output))
             where = sampler.pick(site.order, number, len(output), positions[site.name][-1])
-            # Taken now: an in-place activation may write over the response.
-            outputs[site.name].append(adapter.output_rows(layer, output, *where).clone())
+            outputs[site.name].append(kept(adapter.output_rows(layer, output, *where)))
             if with_inputs:
-                inputs[site.name].append(adapter.input_rows(layer, args[0], *where))
+                inputs[site.name].append(kept(adapter.input_rows(layer, args[0], *where)))
 
         return hook
 
@@ -238,10 +264,28 @@ def record_references(
             run_model(model, batch, number)
             advance(len(first_tensor(batch)))
     return References(
-        {name: _host(rows) for name, rows in outputs.items()},
-        {name: _host(rows) for name, rows in inputs.items() if rows},
+        {name: _joined(rows, resident) for name, rows in outputs.items()},
+        {name: _joined(rows, resident) for name, rows in inputs.items() if rows},
         positions,
+        resident,
     )
+
+
+def _stays(
+    model: nn.Module,
+    sites: list[LayerSite],
+    sampler: Sampler,
+    with_inputs: bool,
+    ops: NumpyOps | None,
+) -> bool:
+    """Whether the rows of all layers may stay on the device that they are made on."""
+    if ops is None or next(model.parameters()).device.type == "cpu" or ops.device == "cpu":
+        return False
+    weights = [model.get_submodule(site.name).weight for site in sites]
+    widths = [len(w) + (w[0].numel() if with_inputs else 0) for w in weights]
+    # And the inputs of one layer beside them.
+    widths.append(max(w[0].numel() for w in weights))
+    return ops.memory.fits(4 * sampler.rows * sum(widths))
 
 
 class Frontier:
@@ -355,7 +399,7 @@ def layer_io(
         for number, x in inputs:
             where = sampler.pick(site.order, number, len(x), positions[number])
             rows.append(adapter.input_rows(layer, x, *where))
-        X = _host(rows)
+        X = _joined(rows, references.resident)
     per_sample = [sampler.per_sample(count) for count in positions]
     return LayerIO(
         layer.weight,

@@ -52,7 +52,7 @@ def fit(
     objective: str = "activation",
     ridge: float | str = "auto",
     held_out: float = 0.1,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> Decomposition:
     """Replace a layer's weight by a column-sparse part A plus a low-rank part U V.
 
@@ -90,7 +90,8 @@ def fit(
     held_out : float
         Fraction of rows that is never fitted and decides between structures.
     device : str
-        ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"auto"``.
+        ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"auto"``. By default where the arrays of
+        `layer_io` are.
 
     Returns
     -------
@@ -121,7 +122,7 @@ def fit(
     activation = activations.get("identity") if objective == "linear" else None
     problem = ResponseProblem(
         layer_io,
-        ops=get_ops(device),
+        ops=layer_io.ops if device is None else get_ops(device),
         ridge=1e-3 if ridge == "auto" else ridge,
         held_out=held_out,
         activation=activation,
