@@ -10,13 +10,16 @@ alternation with the factors, one Cholesky factor L of G = Xcᵀ Xc + rho I, and
 
 projected onto {A on the first s channels} + {rank k} in the metric of G, on l_c for ReLU. This is
 how one would write it without kernels of one's own: whole arrays, library calls, any torch
-device. Nothing of slr_gpu is imported, so it also checks the package's answer.
+device. `plain_compress` does a whole network so. Nothing of slr_gpu is imported, so it also checks the package's answer.
 """
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 # Rows whose products are added up in float64 together.
 GRAM_ROWS = 16_384
@@ -227,3 +230,67 @@ def plain_majorize(
         history.append(objective)
     dense = torch.einsum("nrt,rc->nct", M.reshape(len(M), r, taps), basis).flatten(1)
     return dense.to(dtype), b.to(dtype), history
+
+
+@torch.no_grad()
+def plain_compress(
+    chain: list[nn.Module],
+    inputs: Tensor,
+    sizes: dict[int, tuple[int, int, int]],
+    *,
+    rows: int,
+    batch: int,
+    iterations: int,
+    ridge: float,
+) -> list[nn.Module]:
+    """Fit the convolutions of a network that is a chain of modules, each followed by a ReLU.
+
+    Parameters
+    ----------
+    chain : list of modules
+        In the order in which they run, BatchNorms folded, in evaluation mode; not changed.
+    inputs : tensor, (N, ...)
+        Calibration inputs, on the device of the modules.
+    sizes : dict
+        (r, s, k) by the position in the chain of the convolution.
+    rows : int
+        About so many output positions a layer are sampled.
+    batch : int
+    iterations, ridge
+        See `plain_majorize`.
+
+    Returns
+    -------
+    list of modules
+        The convolutions with the weights that were found, dense; the rest shared with `chain`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    originals = list(inputs.split(batch))
+    compressed, result = list(originals), []
+    for position, module in enumerate(chain):
+        new = module
+        if position in sizes:
+            X, Z = [], []
+            for x, y in zip(compressed, originals, strict=True):
+                patches = F.unfold(x, module.kernel_size, padding=module.padding)
+                responses = module(y).flatten(2)
+                each = max(1, min(patches.shape[2], round(rows / len(inputs))))
+                keys = torch.rand(len(x), patches.shape[2], generator=generator)
+                chosen = keys.topk(each, dim=1).indices.to(x.device)
+                sample = torch.arange(len(x), device=x.device)[:, None]
+                X.append(patches.transpose(1, 2)[sample, chosen].flatten(0, 1))
+                Z.append(responses.transpose(1, 2)[sample, chosen].flatten(0, 1))
+            X, Z = torch.cat(X), torch.cat(Z)
+            weight, bias, _ = plain_majorize(
+                module.weight.flatten(1), module.bias, X, Z.relu(), Z,
+                module.kernel_size[0] * module.kernel_size[1],
+                *sizes[position], iterations, ridge,
+            )  # fmt: skip
+            new = copy.deepcopy(module)
+            new.weight.copy_(weight.reshape(module.weight.shape))
+            new.bias.copy_(bias)
+        result.append(new)
+        # Not in place: a ReLU would write over what the other network still needs.
+        originals = [module(y.clone()) for y in originals]
+        compressed = [new(x.clone()) for x in compressed]
+    return result
