@@ -214,17 +214,27 @@ def plain_majorize(
     b = z_mean - M @ x_mean
     objective, RtX, R_mean = sweep(M, b)
     curvature, flattest, history = 1.0, 0.0, []
+    momentum, age = None, 0
     for _ in range(iterations):
         step = whiten(L, RtX + rho * (W - M))
+        centred = b + M @ x_mean
         while True:
-            new_F, new_M = project(L, F + step / curvature)
-            new_b = b + R_mean / curvature - (new_M - M) @ x_mean
+            goal, new_centred = F + step / curvature, centred + R_mean / curvature
+            if momentum is not None:
+                share = age / (age + 3)
+                goal, new_centred = goal + share * momentum[0], new_centred + share * momentum[1]
+            new_F, new_M = project(L, goal)
+            new_b = new_centred - new_M @ x_mean
             new = sweep(new_M, new_b)
-            # At curvature 1 the majoriser is proven: the objective cannot rise but by rounding.
-            if new[0] <= objective or curvature == 1.0:
+            # Without momentum the majoriser of curvature 1 is proven: no rise but by rounding.
+            if new[0] <= objective or (momentum is None and curvature == 1.0):
                 break
-            flattest = min(curvature / FLATTER**2, 1.0)
-            curvature = 1.0
+            if momentum is not None:
+                momentum, age = None, 0
+            else:
+                flattest = min(curvature / FLATTER**2, 1.0)
+                curvature = 1.0
+        momentum, age = (new_F - F, new_centred - centred), age + 1
         F, M, b, (objective, RtX, R_mean) = new_F, new_M, new_b, new
         curvature = max(curvature * FLATTER, flattest)
         history.append(objective)

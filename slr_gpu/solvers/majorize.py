@@ -46,10 +46,22 @@ class MajorizeState:
     U: Array
     curvature: float
     flattest: float = 0.0
+    momentum: tuple[Array, Array] | None = None  # last change of F and of the centred bias
+    age: int = 0  # steps since the momentum was dropped
     objective: float | Array = float("inf")
     held_out_error: float | Array = float("nan")
     RtX: Array = None
     R_mean: Array = None
+
+
+    def give_up(self, bound: float) -> None:
+        """After an attempt from here that failed: drop the momentum, or else be steeper."""
+        if self.momentum is not None:
+            self.momentum, self.age = None, 0
+            return
+        # A flat majoriser that failed once is not tried again.
+        self.flattest = min(self.curvature / FLATTER**2, bound)
+        self.curvature = bound if self.curvature < bound else 2 * self.curvature
 
 
 @dataclass(frozen=True)
@@ -94,13 +106,22 @@ class Majorize(Solver):
     def attempt(
         self, problem: ResponseProblem, state: MajorizeState, structure: Structure
     ) -> MajorizeState:
-        """One majorisation at the state's curvature, projection and sweep; nothing is read."""
+        """One majorisation with the state's curvature and momentum; nothing is read.
+
+        The momentum is Nesterov's share age / (age + 3) of the last change.
+        """
         curvature = state.curvature
+        centred = state.bias + state.M @ problem.x_mean
         whitened = state.metric.whiten(state.RtX + problem.rho * (problem.W - state.M))
+        F, new_centred = state.F + whitened / curvature, centred + state.R_mean / curvature
+        if state.momentum is not None:
+            share = state.age / (state.age + 3)
+            F = F + share * state.momentum[0]
+            new_centred = new_centred + share * state.momentum[1]
         new = MajorizeState(state.metric, state.kept, None, None, None, None, curvature)
-        place(new, state.F + whitened / curvature, structure.k)
-        shift = (new.M - state.M) @ problem.x_mean
-        new.bias = state.bias + state.R_mean / curvature - shift
+        place(new, F, structure.k)
+        new.bias = new_centred - new.M @ problem.x_mean
+        new.momentum, new.age = (new.F - state.F, new_centred - centred), state.age + 1
         new.flattest = state.flattest
         new.curvature = max(curvature * FLATTER, new.flattest)
         self.evaluate(problem, new)
@@ -112,10 +133,11 @@ class Majorize(Solver):
         """At most `count` iterations that lower the objective, and at least one.
 
         Where few responses are active the loss is much flatter than its majoriser, so flatter
-        ones are tried while the objective keeps falling. All `count` attempts are queued before
-        their objectives are read, at once; from the first that failed on they are void. At the
-        activation's own curvature an attempt counts as it is (for proven bounds), or the curvature
-        rises until the objective falls; if it never does, the old state is returned.
+        ones are tried, with momentum, while the objective keeps falling. All `count` attempts are
+        queued before their objectives are read, at once; from the first that failed on they are
+        void, and the momentum, then the flatness is given up. At the activation's own curvature
+        and without momentum an attempt counts as it is (for proven bounds), or the curvature rises
+        until the objective falls; if it never does, the old state is returned.
 
         Parameters
         ----------
@@ -131,15 +153,13 @@ class Majorize(Solver):
             read(problem, queued[1:])
             good = 0
             for old, new in pairwise(queued):
-                proven = problem.activation.exact and old.curvature == bound
+                at_bound = old.curvature == bound and old.momentum is None
+                proven = problem.activation.exact and at_bound
                 if not (proven or new.objective <= old.objective):
                     break
                 good += 1
             if good < count:
-                # A flat majoriser that failed once is not tried again.
-                last = queued[good]
-                last.flattest = min(last.curvature / FLATTER**2, bound)
-                last.curvature = bound if last.curvature < bound else 2 * last.curvature
+                queued[good].give_up(bound)
             if good:
                 return queued[1 : good + 1]
         return [state]
