@@ -7,22 +7,31 @@ from .errors import BackendError, BudgetError, InputError, ModelError, SLRError
 from .fit import fit
 from .layer_io import LayerIO
 from .solvers.admm import ADMM
+from .solvers.baselines import ChannelPruning, Magnitude, WeightSVD, WhitenedSVD
+from .solvers.grebsmo import Grebsmo
 from .solvers.majorize import Majorize
+from .solvers.zhang import Zhang
 
 __all__ = [
     "ADMM",
     "BackendError",
     "BudgetError",
+    "ChannelPruning",
     "Decomposition",
+    "Grebsmo",
     "InputError",
     "LayerBudget",
     "LayerIO",
+    "Magnitude",
     "Majorize",
     "ModelError",
     "Result",
     "SLRError",
     "Status",
     "Structure",
+    "WeightSVD",
+    "WhitenedSVD",
+    "Zhang",
     "compress",
     "fit",
     "load",

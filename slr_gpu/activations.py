@@ -20,11 +20,20 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import InputError, complain
 
 Array = Any
+
+
+class Piece(NamedTuple):
+    """``r(z) = slope * z + offset`` on [low, high]."""
+
+    low: float
+    high: float
+    slope: float
+    offset: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class Activation:
         Curvature of the majoriser, see the module's text.
     exact : bool
         Whether `curvature` is a proven bound, so that descent needs no safeguard.
+    pieces : tuple of Piece
+        Of a continuous piecewise linear activation, covering the real line; else empty.
     """
 
     name: str
@@ -59,6 +70,7 @@ class Activation:
     cuda_linear_where: str = "false"
     curvature: float = 1.0
     exact: bool = False
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def is_identity(self) -> bool:
@@ -84,6 +96,7 @@ def _identity() -> Activation:
         linear_where=lambda z, y: z == z,
         cuda_linear_where="true",
         exact=True,
+        pieces=(Piece(-math.inf, math.inf, 1.0, 0.0),),
     )
 
 
@@ -97,6 +110,7 @@ def _relu() -> Activation:
         linear_where=lambda z, y: (z > 0) | (y > 0),
         cuda_linear_where="(z > T(0) || y > T(0))",
         exact=True,
+        pieces=(Piece(-math.inf, 0.0, 0.0, 0.0), Piece(0.0, math.inf, 1.0, 0.0)),
     )
 
 
@@ -116,6 +130,11 @@ def _clamp(low: float, high: float) -> Activation:
             f"((z > T({low!r}) || y > T({low!r})) && (z < T({high!r}) || y < T({high!r})))"
         ),
         exact=True,
+        pieces=(
+            Piece(-math.inf, low, 0.0, low),
+            Piece(low, high, 1.0, 0.0),
+            Piece(high, math.inf, 0.0, high),
+        ),
     )
 
 
@@ -132,6 +151,7 @@ def _leaky_relu(a: float) -> Activation:
         cuda_slope=f"(z > T(0) ? T(1) : T({a!r}))",
         linear_where=lambda z, y: (z > 0) | (y > 0),
         cuda_linear_where="(z > T(0) || y > T(0))",
+        pieces=(Piece(-math.inf, 0.0, a, 0.0), Piece(0.0, math.inf, 1.0, 0.0)),
     )
 
 

@@ -1,19 +1,30 @@
 """From one number for the whole model to a budget for each layer.
 
-In: what every layer costs and which of them may be compressed. Out: a `LayerBudget` a layer. For
-now the spending is uniform: every compressed layer keeps the same fraction, chosen so that the
-total, layers that stay dense included, is what was asked.
+In: what every layer costs and which of them may be compressed. Out: a `LayerBudget` a layer, so
+that the total, layers that stay dense included, is what was asked. `uniform` gives every layer
+the same fraction. `pca_energy` selects ranks k_l (Zhang et al. 2015, section 3.4): with e_la the
+eigenvalues of the covariance of layer l's responses before the activation,
+
+    maximise  prod_l sum_{a <= k_l} e_la   subject to   sum_l cost_l(k_l) <= budget,
+
+greedily. A layer's budget is the cost of its low-rank form, whichever form it then takes.
 """
 
 from __future__ import annotations
 
+import heapq
 import numbers
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from .curves import LayerBudget, Limit
 from .errors import BudgetError, InputError, complain
+from .ops import NumpyOps
 
 RESOURCES = ("params", "flops")
+ALLOCATIONS = ("uniform", "pca_energy")
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,10 @@ class LayerCost:
     n, channels, taps : int
     output_positions, input_positions : int
         Per sample; a linear layer has as many as rows.
+    kernel_size : tuple of int
+    spatial_positions : int, optional
+        Positions after the first axis of the kernel is worked on and the others not; by default
+        the input's.
     """
 
     name: str
@@ -34,6 +49,8 @@ class LayerCost:
     taps: int
     output_positions: int
     input_positions: int
+    kernel_size: tuple[int, ...] = ()
+    spatial_positions: int | None = None
 
     @property
     def weights(self) -> int:
@@ -45,6 +62,21 @@ class LayerCost:
 
     def basis_weight(self, resource: str) -> float:
         return 1.0 if resource == "params" else self.input_positions / self.output_positions
+
+    def limit(self, resource: str, weights: float) -> Limit:
+        """The limit of so many weights, or multiply-adds per output position."""
+        positions = self.spatial_positions or self.input_positions
+        flops = resource == "flops"
+        return Limit(
+            self.basis_weight(resource),
+            weights,
+            full_kernel=flops,
+            spatial_weight=positions / self.output_positions if flops else 1.0,
+        )
+
+    def low_rank(self, k: int) -> int:
+        """Weights of U V of rank k, at most those of the dense layer."""
+        return min(k * (self.n + self.channels * self.taps), self.weights)
 
 
 def check_keep(keep: object) -> dict[str, float]:
@@ -102,34 +134,148 @@ def uniform(
         smallest fraction that can be had.
     """
     limits: dict[str, list[Limit]] = {layer.name: [] for layer in layers}
-    for resource, fraction in keep.items():
-        total = totals[resource]
-        fixed = total - sum(layer.dense(resource) for layer in layers)
-        available = fraction * total - fixed
+    for resource in keep:
         floors = {layer.name: overrides.get(layer.name, _smallest(layer)) for layer in layers}
-        smallest = sum(floors[layer.name] * layer.dense(resource) for layer in layers)
-        if smallest > available:
-            raise BudgetError(
-                complain(
-                    f"keep={{{resource!r}: {fraction:g}}}",
-                    f"at least {(fixed + smallest) / total:.4f} for this model, of which what"
-                    f" stays dense takes {fixed / total:.4f}",
-                    "Raise it, or leave fewer layers dense (keep_ends, ignore, overrides).",
-                )
-            )
+        available = _available(keep, resource, layers, floors, totals)
         share = _water_level(available, layers, floors, overrides, resource)
         for layer in layers:
             kept = overrides.get(layer.name, max(share, floors[layer.name]))
-            limits[layer.name].append(
-                Limit(
-                    layer.basis_weight(resource),
-                    min(kept, 1.0) * layer.weights,
-                    full_kernel=resource == "flops",
-                )
+            limits[layer.name].append(layer.limit(resource, min(kept, 1.0) * layer.weights))
+    return _budgets(layers, limits, multiple)
+
+
+def pca_energy(
+    keep: dict[str, float],
+    layers: list[LayerCost],
+    overrides: dict[str, float],
+    totals: dict[str, float],
+    multiple: int = 1,
+    *,
+    energies: dict[str, Any],
+) -> dict[str, LayerBudget]:
+    """The ranks that keep the most PCA energy, greedily, each as the budget of its layer.
+
+    From the largest rank that is no dearer than the dense layer, the rank with the smallest
+    (relative loss of energy) / (cost saved) goes first, until the total is what was asked.
+
+    Parameters
+    ----------
+    keep, layers, overrides, totals, multiple
+        See `uniform`.
+    energies : dict of str to array, (n,)
+        Eigenvalues of the covariance of every layer's responses before the activation,
+        descending; see `pca_energies`.
+
+    Raises
+    ------
+    BudgetError
+        See `uniform`.
+
+    References
+    ----------
+    Zhang, Zou, He, Sun 2015, arXiv 1505.06798, section 3.4.
+    """
+    limits: dict[str, list[Limit]] = {layer.name: [] for layer in layers}
+    free = [layer for layer in layers if layer.name not in overrides]
+    for resource in keep:
+        floors = {layer.name: overrides.get(layer.name, _smallest(layer)) for layer in layers}
+        available = _available(keep, resource, layers, floors, totals)
+        for layer in layers:
+            available -= overrides.get(layer.name, 0.0) * layer.dense(resource)
+        ranks = select_ranks(free, energies, available, resource)
+        for layer in layers:
+            fixed = overrides.get(layer.name)
+            rank = ranks.get(layer.name)
+            weights = layer.low_rank(rank) if fixed is None else min(fixed, 1.0) * layer.weights
+            limits[layer.name].append(layer.limit(resource, weights))
+    return _budgets(layers, limits, multiple)
+
+
+def select_ranks(
+    layers: list[LayerCost], energies: dict[str, Any], available: float, resource: str
+) -> dict[str, int]:
+    """Ranks within a total cost, at least 1 each; see `pca_energy`.
+
+    Parameters
+    ----------
+    available : float
+        Parameters, or multiply-adds per sample, for all of these layers.
+    """
+    ranks, positions, queue = {}, {}, []
+
+    def cost(layer: LayerCost, k: int) -> float:
+        return layer.low_rank(k) * positions[layer.name]
+
+    def offer(number: int) -> None:
+        """Put the layer's last rank up for removal."""
+        layer = layers[number]
+        k = ranks[layer.name]
+        if k > 1:
+            kept = np.asarray(energies[layer.name], dtype=float)[:k].clip(min=0)
+            loss = kept[-1] / max(kept.sum(), 1e-30)
+            saved = cost(layer, k) - cost(layer, k - 1)
+            heapq.heappush(queue, (loss / saved, number))
+
+    total = 0.0
+    for number, layer in enumerate(layers):
+        positions[layer.name] = layer.dense(resource) / layer.weights
+        largest = layer.weights // (layer.n + layer.channels * layer.taps)
+        ranks[layer.name] = max(1, min(largest, len(energies[layer.name])))
+        total += cost(layer, ranks[layer.name])
+        offer(number)
+    while total > available and queue:
+        number = heapq.heappop(queue)[1]
+        layer = layers[number]
+        k = ranks[layer.name]
+        total -= cost(layer, k) - cost(layer, k - 1)
+        ranks[layer.name] = k - 1
+        offer(number)
+    return ranks
+
+
+def pca_energies(responses: Any) -> np.ndarray:
+    """Eigenvalues (n,) of the covariance of responses (P, n) on any device, descending."""
+    responses = NumpyOps().asarray(responses)
+    centred = responses - responses.mean(axis=0, dtype=np.float64).astype(responses.dtype)
+    gram = (centred.T @ centred).astype(np.float64)
+    return np.linalg.eigvalsh(gram / len(responses))[::-1].clip(min=0)
+
+
+def _available(
+    keep: dict[str, float],
+    resource: str,
+    layers: list[LayerCost],
+    floors: dict[str, float],
+    totals: dict[str, float],
+) -> float:
+    """What all of these layers may cost; BudgetError when their floors are over it."""
+    total = totals[resource]
+    fixed = total - sum(layer.dense(resource) for layer in layers)
+    available = keep[resource] * total - fixed
+    smallest = sum(floors[layer.name] * layer.dense(resource) for layer in layers)
+    if smallest > available:
+        raise BudgetError(
+            complain(
+                f"keep={{{resource!r}: {keep[resource]:g}}}",
+                f"at least {(fixed + smallest) / total:.4f} for this model, of which what"
+                f" stays dense takes {fixed / total:.4f}",
+                "Raise it, or leave fewer layers dense (keep_ends, ignore, overrides).",
             )
+        )
+    return available
+
+
+def _budgets(
+    layers: list[LayerCost], limits: dict[str, list[Limit]], multiple: int
+) -> dict[str, LayerBudget]:
     return {
         layer.name: LayerBudget(
-            layer.n, layer.channels, layer.taps, tuple(limits[layer.name]), multiple
+            layer.n,
+            layer.channels,
+            layer.taps,
+            tuple(limits[layer.name]),
+            multiple,
+            layer.kernel_size,
         )
         for layer in layers
     }
@@ -137,7 +283,7 @@ def uniform(
 
 def _smallest(layer: LayerCost) -> float:
     """Smallest fraction of a layer that a structure reaches (a rank-one part without a basis)."""
-    return min(1.0, (layer.n + layer.channels * layer.taps) / layer.weights)
+    return layer.low_rank(1) / layer.weights
 
 
 def _water_level(

@@ -23,22 +23,25 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .budget import LayerCost, check_keep, uniform
+from .budget import ALLOCATIONS, LayerCost, check_keep, pca_energies, pca_energy, uniform
 from .capture import (
     Batch,
     Frontier,
     Sampler,
     as_batches,
     first_tensor,
+    full_precision,
     layer_io,
     record_references,
     run_model,
 )
 from .curves import check_form
+from .decomposition import is_separable
 from .errors import InputError, ModelError, complain
 from .fit import fit
 from .graph import LayerSite, find_sites, fold_batch_norm, set_module
 from .layers import adapter_for, build_from_plan
+from .ops import get_ops
 from .progress import progress_bar
 from .report import LayerReport, Report
 from .storage import load_json, save_json, write_atomically
@@ -134,6 +137,7 @@ def compress(
     solver: Any = None,
     objective: str = "activation",
     asymmetric: bool = True,
+    allocation: str = "uniform",
     samples: int = 15_000,
     held_out: float = 0.1,
     ridge: float | str = "auto",
@@ -161,6 +165,9 @@ def compress(
         See `slr_gpu.fit`.
     asymmetric : bool
         Fit each layer on inputs from the compressed prefix; False takes the original's inputs.
+    allocation : {"uniform", "pca_energy"}
+        How the budget is shared out: the same fraction for every layer, or by the ranks that keep
+        the most PCA energy (Zhang et al. 2015).
     samples : int
         About so many input rows a layer are sampled (im2col rows for convolutions).
     ignore : sequence of str
@@ -197,13 +204,22 @@ def compress(
     for name, value in (("samples", samples), ("batch_size", batch_size), ("multiple", multiple)):
         if not isinstance(value, int) or value < 1:
             raise InputError(complain(f"{name}={value!r}", "an integer >= 1", "Raise it."))
+    if allocation not in ALLOCATIONS:
+        raise InputError(
+            complain(
+                f"allocation={allocation!r}", f"one of {', '.join(ALLOCATIONS)}", "Check the name."
+            )
+        )
     if not isinstance(model, nn.Module):
         raise InputError(
             complain(f"model of {type(model).__name__}", "an nn.Module", "Build it first.")
         )
+    ops = get_ops(device)
     batches = as_batches(calibration_data, model, batch_size)
     _check_weights(model)
     work = _copy(model)
+    if ops.device != "cpu":
+        work.to(ops.device)
     with torch.no_grad():
         sites = find_sites(work, lambda: run_model(work, _first_sample(batches[0])))
     for site in sites.values():
@@ -222,24 +238,35 @@ def compress(
                 "Check ignore=, or pass keep_ends=False.",
             )
         )
-    budgets = uniform(
+    request = (
         keep,
         [_cost(site, work.get_submodule(site.name)) for site in chosen],
         {name: option["keep"] for name, option in options.items() if "keep" in option},
         _totals(work, _first_sample(batches[0]), chosen),
         multiple,
     )
+    budgets = uniform(*request)  # whatever the allocation: whether the budget can be met
     batch_sizes = [len(first_tensor(batch)) for batch in batches]
     sample_count = sum(batch_sizes)
     sampler = Sampler(samples, sample_count, seed)
     layers: dict[str, LayerReport] = {}
     plan_layers = []
     # The original takes about as long as fitting all layers: a bar in samples, then in layers.
-    with progress_bar("original responses", 2 * sample_count, show=progress) as advance:
+    bar = progress_bar("original responses", 2 * sample_count, show=progress)
+    with bar as advance, full_precision():
         references = record_references(
-            original, batches, chosen, sampler, with_inputs=not asymmetric, advance=advance
+            original,
+            batches,
+            chosen,
+            sampler,
+            with_inputs=not asymmetric,
+            ops=ops,
+            advance=advance,
         )
         names = [site.name for site in chosen]
+        if allocation == "pca_energy":
+            energies = {name: pca_energies(references.linear_targets[name]) for name in names}
+            budgets = pca_energy(*request, energies=energies)
         frontier = Frontier(work, batches, names) if asymmetric else None
         for site in chosen:
             advance(0, description=f"fitting {site.name}")
@@ -261,7 +288,7 @@ def compress(
                 objective=objective,
                 ridge=ridge,
                 held_out=held_out,
-                device=device,
+                device=ops.device,
             )
             references.release(site.name)
             module = adapter_for(layer).build(layer, decomposition)
@@ -293,10 +320,11 @@ def compress(
         "solver": getattr(solver, "name", "majorize"),
         "objective": objective,
         "asymmetric": asymmetric,
+        "allocation": allocation,
         "samples": samples,
         "calibration_samples": sample_count,
         "seed": seed,
-        "device": device,
+        "device": ops.device,
     }
     plan = {
         "schema": PLAN_SCHEMA,
@@ -340,8 +368,9 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _restore(work: nn.Module, model: nn.Module) -> None:
-    """Give the compressed copy the dtype and the modes of the user's model."""
+    """Give the compressed copy the device, the dtype and the modes of the user's model."""
     parameter = next(model.parameters())
+    work.to(parameter.device)
     if parameter.element_size() < 4:
         work.to(parameter.dtype)
     modes = {name: module.training for name, module in model.named_modules()}
@@ -419,22 +448,26 @@ def _overrides(overrides: dict[str, dict[str, Any]], names: list[str]) -> dict[s
 
 
 def _form_for(layer: nn.Module, form: str) -> str:
-    """The form asked for, or ``auto`` where it does not apply (no spatial kernel)."""
-    taps = math.prod(adapter_for(layer).kernel_size(layer))
-    return "auto" if form == "rotated" and taps == 1 else form
+    """The form asked for, or ``auto`` where it does not apply (by the layer's kernel)."""
+    kernel_size = adapter_for(layer).kernel_size(layer)
+    applies = {"rotated": math.prod(kernel_size) > 1, "spatial": is_separable(kernel_size)}
+    return form if applies.get(form, True) else "auto"
 
 
 def _cost(site: LayerSite, layer: nn.Module) -> LayerCost:
     adapter = adapter_for(layer)
     taps = math.prod(adapter.kernel_size(layer))
     n = len(layer.weight)
+    x, y = (torch.empty(s, device="meta") for s in (site.input_shape, site.output_shape))
     return LayerCost(
         site.name,
         n,
         layer.weight[0].numel() // taps,
         taps,
-        adapter.positions(layer, torch.empty(site.output_shape, device="meta")),
-        adapter.positions(layer, torch.empty(site.input_shape, device="meta")),
+        adapter.positions(layer, y),
+        adapter.positions(layer, x),
+        adapter.kernel_size(layer),
+        adapter.spatial_positions(layer, x, y),
     )
 
 

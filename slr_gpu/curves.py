@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from .decomposition import FORMS, Structure, grouping, is_separable
 from .errors import BudgetError, complain
 from .problem import ResponseProblem, ordered_metric, project
-from .support import Support, SupportSearch, group_size
+from .support import SupportSearch, group_size
 
 Array = Any
 
@@ -476,19 +476,25 @@ def _supported(
 ) -> list[Candidate]:
     """Best split between A and U V for a form without a basis.
 
-    The split is found without exchange rounds; only the best one is then improved.
+    The split is found without exchange rounds; only the best two are then improved.
     """
     search = SupportSearch(problem, group_size(form, problem.taps))
-    tried: dict[int, tuple[Support, Structure]] = {}
-    for share in shares:
-        structure = _split(search, budget, form, share)
-        if structure is not None and structure.s not in tried:
-            support = search.first(structure.s, structure.k, steps=2)
-            tried[structure.s] = (support, structure)
-    if not tried:
+    splits = [_split(search, budget, form, share) for share in shares]
+    structures = {split.s: split for split in splits if split is not None}
+    if not structures:
         return []
-    support, structure = min(tried.values(), key=lambda pair: pair[0].error)
-    support = search.exchange(support, structure.k, rounds)
+    # One elimination passes all the sizes, at the rank of the middle one.
+    ranks = [structures[s].k for s in sorted(structures)]
+    shrunk = search.shrink(list(structures), ranks[len(ranks) // 2])
+    tried = [
+        (search.starts(s, structure.k, 2, shrunk[s])[0].error, s)
+        for s, structure in structures.items()
+    ]
+    found = []
+    for _, s in sorted(tried)[:2]:
+        k = structures[s].k
+        found.append((search.improved(search.starts(s, k, 4), k, rounds), structures[s]))
+    support, structure = min(found, key=lambda pair: pair[0].error)
     error = support.error / max(problem.linear_energy, 1e-30)
     return [Candidate(structure, error, problem, support.columns)]
 
@@ -505,10 +511,14 @@ def best_candidate(found: list[Candidate]) -> Candidate:
 
 
 def check_form(
-    form: str, spatial: bool, known: tuple[str, ...] = FORMS, kernel_size: tuple[int, ...] = (2, 2)
+    form: str,
+    spatial: bool,
+    known: tuple[str, ...] = FORMS,
+    kernel_size: tuple[int, ...] | None = None,
 ) -> None:
     """BudgetError for a form that does not exist, that a solver lacks, or that does not apply."""
-    if form == "spatial" and form in known and not is_separable(kernel_size):
+    unsplit = kernel_size is not None and not is_separable(kernel_size)
+    if form == "spatial" and form in known and unsplit:
         raise BudgetError(
             complain(
                 f"form='spatial' for a kernel of size {kernel_size}",

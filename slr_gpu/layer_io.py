@@ -132,7 +132,9 @@ class LayerIO:
                 )
             )
         self.bias = (
-            self.ops.xp.zeros(n, self.weight.dtype) if bias is None else self._checked("bias", bias, (n,))
+            self.ops.xp.zeros(n, self.weight.dtype)
+            if bias is None
+            else self._checked("bias", bias, (n,))
         )
         self.linear_targets = self._checked("linear_targets", linear_targets, (count, n))
         self.targets = self._checked("targets", targets, (count, n))

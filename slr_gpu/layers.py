@@ -6,6 +6,8 @@ computes ``(A + U V) E x + b`` (DESIGN 4), so that the model trains, saves and e
     rotated    h = P x (1x1);  U(V(h[:, s:])) + A(h[:, :s])
     channels   U(V(x[:, C])) + A(x[:, S])
     columns    A on gathered shifts of x (one 1x1), V a full kernel that is zero on S
+    spatial    as rotated, with P of kh x 1 filters and 1 x kw kernels in V and A
+    entries    U(V(x)) + A(x), A's stored entries put into a dense kernel first
 
 A layer type is added by writing its adapter and listing it in `ADAPTERS`.
 """
@@ -108,6 +110,54 @@ class _SparseKernelConv(nn.Module):
         return conv(padded, kernel, **self.settings)
 
 
+class _ScatteredWeight(nn.Module):
+    """A dense convolution or linear layer whose weight is stored as its entries that are not zero.
+
+    Only those are parameters, so training leaves the others at zero. The operation itself is
+    dense: stock runtimes skip no zeros.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        entries: int,
+        *,
+        bias: bool,
+        padding_mode: str = "zeros",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.shape, self.settings = tuple(shape), settings
+        self.weight = nn.Parameter(torch.empty(entries))
+        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
+        # Where the entries go in the flat weight: part of the state, a plan should stay short.
+        self.register_buffer("index", torch.zeros(entries, dtype=torch.int64))
+        self.pad, self.mode = (), padding_mode
+        if padding_mode != "zeros":
+            Conv = _CONVS[len(shape) - 2]
+            reference = Conv(1, 1, shape[2:], padding_mode=padding_mode, **settings)
+            self.pad = tuple(reference._reversed_padding_repeated_twice)
+            self.settings = {**settings, "padding": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.new_zeros(math.prod(self.shape))
+        weight = flat.index_copy(0, self.index, self.weight).reshape(self.shape)
+        if len(self.shape) == 2:
+            return F.linear(x, weight, self.bias)
+        if any(self.pad):
+            x = F.pad(x, self.pad, mode=self.mode)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.shape) - 3]
+        return conv(x, weight, self.bias, **self.settings)
+
+    @torch.no_grad()
+    def assign(self, decomposition: Decomposition) -> None:
+        """Copy the entries of A in."""
+        d = decomposition
+        rows, kept = np.nonzero(d.A)
+        self.index.copy_(torch.from_numpy(rows * d.width + d.columns[kept]))
+        self.weight.copy_(torch.from_numpy(d.A[rows, kept]))
+
+
 class _SLRConvNd(nn.Module):
     """A convolution as column-sparse plus low-rank.
 
@@ -117,11 +167,14 @@ class _SLRConvNd(nn.Module):
     kernel_size, stride, dilation : tuple of int
     padding : tuple of int or str
     padding_mode : str
-    form : {"columns", "channels", "rotated"}
+    form : {"columns", "channels", "rotated", "entries", "spatial"}
     kept : list of int
-        Kept im2col columns (``columns``), channels (``channels``) or ``range(s)`` (``rotated``).
+        Kept im2col columns (``columns``), channels (``channels``) or ``range(s)`` (the forms with
+        a basis).
     rank : int
     basis_rows : int or None
+    entries : int
+        Stored entries of A (``entries``, where `kept` is empty).
     """
 
     dims: int
@@ -136,6 +189,7 @@ class _SLRConvNd(nn.Module):
         kept: list[int],
         rank: int,
         basis_rows: int | None = None,
+        entries: int = 0,
         stride: tuple[int, ...] | None = None,
         padding: tuple[int, ...] | str | None = None,
         dilation: tuple[int, ...] | None = None,
@@ -149,7 +203,7 @@ class _SLRConvNd(nn.Module):
         self.padding = padding if isinstance(padding, str) else tuple(padding or (0,) * self.dims)
         self.padding_mode = padding_mode
         self.form, self.kept, self.rank = form, list(kept), rank
-        self.basis_rows = basis_rows
+        self.basis_rows, self.entries = basis_rows, entries
         Conv = _CONVS[self.dims]
         settings = {
             "kernel_size": self.kernel_size,
@@ -162,14 +216,21 @@ class _SLRConvNd(nn.Module):
         rest = sorted(set(range(width * self._group)) - set(self.kept))
         if form == "rotated":
             self.basis = Conv(in_channels, basis_rows, 1, bias=False)
+        if form == "spatial":
+            first, settings = self._split(settings)
+            self.basis = Conv(in_channels, basis_rows, bias=False, **first)
         if form == "columns":
             self._columns_parts(rest)
         else:
             if self.kept:
                 self.select_A = _Select(self.kept, 1)
                 self.A = Conv(len(self.kept), out_channels, bias=not rank, **settings)
+            if entries:
+                shape = (out_channels, in_channels, *self.kernel_size)
+                where = {name: settings[name] for name in settings if name != "kernel_size"}
+                self.A = _ScatteredWeight(shape, entries, bias=not rank, **where)
             if rank:
-                self.select_V = _Select(rest, 1)
+                self.select_V = nn.Identity() if form == "entries" else _Select(rest, 1)
                 self.V = Conv(len(rest), rank, bias=False, **settings)
         if rank:
             self.U = Conv(rank, out_channels, 1)
@@ -177,6 +238,19 @@ class _SLRConvNd(nn.Module):
     @property
     def _group(self) -> int:
         return math.prod(self.kernel_size) if self.form == "columns" else 1
+
+    def _split(self, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings of a convolution along the first axis, and of one along the others after it.
+
+        Padding may wait until its own axis is worked on, because every other line is treated
+        alike: copies stay copies, and zeros stay zeros without a bias.
+        """
+        first, others = dict(settings), dict(settings)
+        for name, neutral in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            if not isinstance(settings[name], str):
+                first[name] = (settings[name][0], *(neutral,) * (self.dims - 1))
+                others[name] = (neutral, *settings[name][1:])
+        return first, others
 
     def _columns_parts(self, rest: list[int]) -> None:
         Conv = _CONVS[self.dims]
@@ -209,19 +283,21 @@ class _SLRConvNd(nn.Module):
             if self.kept:
                 parts.append(self.A(self.gather(x)))
             return _sum(parts)
-        if self.form == "rotated":
+        if self.basis_rows is not None:
             x = self.basis(x)
         if self.rank:
             parts.append(self.U(self.V(self.select_V(x))))
         if self.kept:
             parts.append(self.A(self.select_A(x)))
+        if self.entries:
+            parts.append(self.A(x))
         return _sum(parts)
 
     def extra_repr(self) -> str:
         basis = "" if self.basis_rows is None else f", r={self.basis_rows}"
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size},"
-            f" form={self.form}{basis}, s={len(self.kept)}, k={self.rank}"
+            f" form={self.form}{basis}, s={self.entries or len(self.kept)}, k={self.rank}"
         )
 
     def plan(self) -> dict[str, Any]:
@@ -234,6 +310,7 @@ class _SLRConvNd(nn.Module):
             "kept": self.kept,
             "rank": self.rank,
             "basis_rows": self.basis_rows,
+            "entries": self.entries,
             "stride": list(self.stride),
             "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
             "dilation": list(self.dilation),
@@ -244,6 +321,7 @@ class _SLRConvNd(nn.Module):
     def assign(self, decomposition: Decomposition) -> None:
         """Copy the factors in."""
         d, k = decomposition, self.kernel_size
+        k = (1, *k[1:]) if self.form == "spatial" else k
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(getattr(d, name)))
             for name in ("A", "U", "V", "bias")
@@ -255,6 +333,8 @@ class _SLRConvNd(nn.Module):
             self.U.weight.copy_(tensors["U"].reshape(n, self.rank, *one))
             V = tensors["V"]
             self.V.weight.copy_(V if self.form == "columns" else V.reshape(self.rank, -1, *k))
+        if self.entries:
+            self.A.assign(d)
         if self.kept:
             if self.form == "columns":
                 # The gather hands columns over tap by tap; the decomposition has them ascending.
@@ -265,7 +345,7 @@ class _SLRConvNd(nn.Module):
                 self.A.weight.copy_(tensors["A"].reshape(n, len(self.kept), *k))
         if d.basis is not None:
             basis = torch.from_numpy(np.ascontiguousarray(d.basis))
-            self.basis.weight.copy_(basis.reshape(*basis.shape, *one))
+            self.basis.weight.copy_(basis.reshape(self.basis.weight.shape))
 
 
 class SLRConv1d(_SLRConvNd):
@@ -289,18 +369,30 @@ class SLRLinear(nn.Module):
     kept : list of int
         Kept columns S.
     rank : int
+    entries : int
+        Instead of `kept`, stored entries of A anywhere; V then reads all of x.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, kept: list[int], rank: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kept: list[int],
+        rank: int,
+        entries: int = 0,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.kept, self.rank = list(kept), rank
+        self.kept, self.rank, self.entries = list(kept), rank, entries
+        if entries:
+            self.A = _ScatteredWeight((out_features, in_features), entries, bias=not rank)
         if self.kept:
             self.select_A = _Select(self.kept, -1)
             self.A = nn.Linear(len(self.kept), out_features, bias=not rank)
         if rank:
             rest = sorted(set(range(in_features)) - set(self.kept))
-            self.select_V = _Select(rest, -1)
+            self.select_V = _Select(rest, -1) if self.kept else nn.Identity()
             self.V = nn.Linear(len(rest), rank, bias=False)
             self.U = nn.Linear(rank, out_features)
 
@@ -310,10 +402,13 @@ class SLRLinear(nn.Module):
             parts.append(self.U(self.V(self.select_V(x))))
         if self.kept:
             parts.append(self.A(self.select_A(x)))
+        if self.entries:
+            parts.append(self.A(x))
         return _sum(parts)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, s={len(self.kept)}, k={self.rank}"
+        kept = f"entries={self.entries}" if self.entries else f"s={len(self.kept)}"
+        return f"{self.in_features}, {self.out_features}, {kept}, k={self.rank}"
 
     def plan(self) -> dict[str, Any]:
         """The arguments that rebuild this module (JSON)."""
@@ -322,12 +417,15 @@ class SLRLinear(nn.Module):
             "out_features": self.out_features,
             "kept": self.kept,
             "rank": self.rank,
+            "entries": self.entries,
         }
 
     @torch.no_grad()
     def assign(self, decomposition: Decomposition) -> None:
         """Copy the factors in."""
         d = decomposition
+        if self.entries:
+            self.A.assign(d)
         (self.U if self.rank else self.A).bias.copy_(torch.from_numpy(d.bias))
         for name in (["U", "V"] if self.rank else []) + (["A"] if self.kept else []):
             factor = torch.from_numpy(np.ascontiguousarray(getattr(d, name)))
@@ -358,6 +456,10 @@ class _Adapter:
     def positions(self, layer: nn.Module, tensor: Tensor) -> int:
         """Positions of one sample's input or output tensor."""
         raise NotImplementedError
+
+    def spatial_positions(self, layer: nn.Module, x: Tensor, y: Tensor) -> int:
+        """Positions of one sample after the layer's first axis is worked on and the others not."""
+        return self.positions(layer, x)
 
     def input_rows(self, layer: nn.Module, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
         """Rows (P, m) of the layer's input at the given output positions of the given samples."""
@@ -393,6 +495,9 @@ class _ConvAdapter(_Adapter):
     def positions(self, layer: nn.Module, tensor: Tensor) -> int:
         return math.prod(tensor.shape[-self.dims :])
 
+    def spatial_positions(self, layer: nn.Module, x: Tensor, y: Tensor) -> int:
+        return y.shape[-self.dims] * math.prod(x.shape[-self.dims :][1:])
+
     def input_rows(self, layer: nn.Module, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         pad = layer._reversed_padding_repeated_twice
@@ -424,7 +529,9 @@ class _ConvAdapter(_Adapter):
     def arguments(self, layer: nn.Module, decomposition: Decomposition) -> dict[str, Any]:
         d = decomposition
         kept = d.columns
-        if d.form != "columns":
+        if d.form == "entries":
+            kept = kept[:0]
+        elif d.form != "columns":
             kept = kept[:: d.taps] // d.taps
         return {
             "in_channels": layer.in_channels,
@@ -434,6 +541,7 @@ class _ConvAdapter(_Adapter):
             "kept": kept.tolist(),
             "rank": d.rank,
             "basis_rows": None if d.basis is None else len(d.basis),
+            "entries": d.structure.s if d.form == "entries" else 0,
             "stride": layer.stride,
             "padding": layer.padding,
             "dilation": layer.dilation,
@@ -456,11 +564,13 @@ class _LinearAdapter(_Adapter):
     output_rows = input_rows
 
     def arguments(self, layer: nn.Module, decomposition: Decomposition) -> dict[str, Any]:
+        d = decomposition
         return {
             "in_features": layer.in_features,
             "out_features": layer.out_features,
-            "kept": decomposition.columns.tolist(),
-            "rank": decomposition.rank,
+            "kept": [] if d.form == "entries" else d.columns.tolist(),
+            "rank": d.rank,
+            "entries": d.structure.s if d.form == "entries" else 0,
         }
 
 

@@ -31,7 +31,8 @@ class LayerReport:
     activation : str
         What the fit looked through.
     params, params_kept : int
-        Stored numbers before and after, biases included.
+        Stored numbers before and after, biases included; of single entries their values, without
+        the indices.
     flops, flops_kept : int
         Of one sample, counted on the modules themselves; one multiply-add is two.
     error : float or None

@@ -7,7 +7,7 @@ had from ``G_ss`` and matrices of size n (DESIGN 2, consequence 2), because
     T_c H T_cᵀ = T G Tᵀ - rhs_s G_ss⁻¹ rhs_sᵀ ,      T_c H = rhs_c - rhs_s G_ss⁻¹ G_sc :
 
 the error of a support needs no factorisation larger than s. Groups are added in batches where
-they help most, then exchanged, by (at fixed U, one group at a time, both exact)
+they help most, or dropped where they help least, then exchanged, by (at fixed U, one group at a time, both exact)
 
     gain of adding g:    || (I - U Uᵀ) (T_c H)_g H_gg^{-1/2} ||^2
     cost of dropping g:  || (I - U Uᵀ) A_g ((G_ss⁻¹)_gg)^{-1/2} ||^2 ,
@@ -134,17 +134,44 @@ class SupportSearch:
                 support = self.evaluate(groups, k)
         return support
 
-    def first(self, s: int, k: int, steps: int) -> Support:
-        """The better of two ways to grow: beside U V of rank k, and without it.
+    def shrink(self, sizes: list[int], k: int, share: float = 0.1) -> dict[int, Array]:
+        """Drop groups from the full set in batches; the groups that are left at each size.
+
+        Backward elimination beside U V of rank k. A batch is a share of what is left.
+        """
+        xp = self.problem.ops.xp
+        support, left = self.evaluate(xp.arange(self.groups), k), {}
+        for s in sorted(set(sizes), reverse=True):
+            while len(support.groups) > s:
+                count = max(s, len(support.groups) - max(1, int(share * len(support.groups))))
+                kept = xp.argsort(-self.costs(support), kind="stable")[:count]
+                support = self.evaluate(xp.sort(support.groups[kept]), k)
+            left[s] = support.groups
+        return left
+
+    def starts(self, s: int, k: int, steps: int, shrunk: Array | None = None) -> list[Support]:
+        """Supports to improve, best first: grown beside U V of rank k, grown without it, shrunk.
 
         A large A hides in the leading singular vectors at first, and is found without U V; a
-        small one is found only beside it.
+        small one is found only beside it. Elimination sees how columns stand in for one another.
+
+        Parameters
+        ----------
+        shrunk : int array, optional
+            Groups from `shrink`; eliminated here by default.
         """
-        with_rank = self.grow(s, k, steps)
-        if not k or not s:
-            return with_rank
-        without = self.evaluate(self.grow(s, 0, steps).groups, k)
-        return min(with_rank, without, key=lambda support: support.error)
+        found = [self.grow(s, k, steps)]
+        if k and s:
+            found.append(self.evaluate(self.grow(s, 0, steps).groups, k))
+        if s:
+            groups = self.shrink([s], k)[s] if shrunk is None else shrunk
+            found.append(self.evaluate(groups, k))
+        return sorted(found, key=lambda support: support.error)
+
+    def improved(self, starts: list[Support], k: int, rounds: int) -> Support:
+        """The best support that exchanges lead to from any of some starts."""
+        ends = [self.exchange(start, k, rounds) for start in starts]
+        return min(ends, key=lambda support: support.error)
 
     def exchange(self, support: Support, k: int, rounds: int) -> Support:
         """Swap the groups that cost least for those that gain most, while the error falls."""
@@ -213,6 +240,6 @@ def select_support(
         Error of the linear problem, times P.
     """
     search = SupportSearch(problem, group_size(structure.form, problem.taps))
-    support = search.first(min(structure.s, search.groups), structure.k, steps)
-    support = search.exchange(support, structure.k, rounds)
+    starts = search.starts(min(structure.s, search.groups), structure.k, steps)
+    support = search.improved(starts, structure.k, rounds)
     return support.columns, support.error

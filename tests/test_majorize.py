@@ -145,7 +145,8 @@ def test_v_on_the_complement_gives_the_same_function():
     np.testing.assert_allclose(result.to_dense(), full, atol=1e-12)
     np.testing.assert_allclose(
         (problem.samples.X + problem.x_mean) @ result.to_dense().T,
-        (problem.samples.X + problem.x_mean) @ A.T + ((problem.samples.X + problem.x_mean) @ V.T) @ U.T,
+        (problem.samples.X + problem.x_mean) @ A.T
+        + ((problem.samples.X + problem.x_mean) @ V.T) @ U.T,
         atol=1e-11,
     )
     assert result.parameters == structure.cost(5, 8, 1) + 5

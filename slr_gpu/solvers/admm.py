@@ -53,6 +53,9 @@ from .splitting import (
 
 Array = Any
 
+# Iterations between two changes of t, each of which costs a factorisation.
+EVERY = 5
+
 CHOICES = {
     "m_step": ("majorize", "gradient"),
     "scheme": ("gauss_seidel", "proximal"),
@@ -97,8 +100,8 @@ class ADMM(Solver):
         of f, ``2c trace(G) / (P m)``, with penalties and 0.01 of it with hard budgets: larger
         values fix the support before the data has spoken.
     growth : (float, float)
-        Hard budgets: t grows by a factor between these an iteration, the larger the more the
-        support still changes (3BASiL).
+        Hard budgets: t grows by a factor between these an iteration (taken every fifth), the
+        larger the more the support still changes (3BASiL).
     relaxation : float
         Over-relaxation in [1, 2), ``gauss_seidel`` only (Boyd et al. 2011, 3.4.3).
     balance : bool
@@ -254,11 +257,13 @@ class ADMM(Solver):
     def _next_t(self, ops: Any, state: ADMMState, iteration: int, first_t: float) -> Any:
         """The penalty parameter of the next iteration; a number stays the same object."""
         xp = ops.xp
+        if iteration % EVERY != EVERY - 1:
+            return state.t
         if state.setting.budgets is not None:
             low, high = self.growth
             share = xp.minimum(1.0, 10 * state.changed / max(state.setting.budgets[0], 1))
-            return xp.minimum(state.t * (low + (high - low) * share), 1e6 * first_t)
-        if self.balance and iteration % 5 == 4 and 2 * iteration < self.iterations:
+            return xp.minimum(state.t * (low + (high - low) * share) ** EVERY, 1e6 * first_t)
+        if self.balance and 2 * iteration < self.iterations:
             primal = state.primal_residual / xp.maximum(state.primal_tolerance, 1e-300)
             dual = state.dual_residual / xp.maximum(state.dual_tolerance, 1e-300)
             factor = xp.where(primal > 10 * dual, 2.0, xp.where(dual > 10 * primal, 0.5, 1.0))

@@ -49,7 +49,7 @@ class Solver:
 
     def choose(self, problem: ResponseProblem, budget: LayerBudget, form: str) -> Candidate:
         """The structure to solve for: of the candidates, the one that held-out rows prefer."""
-        check_form(form, problem.taps > 1, self.forms)
+        check_form(form, problem.taps > 1, self.forms, problem.layer_io.kernel_size)
         return best_candidate(self.candidates(problem, budget, form))
 
     def solve(

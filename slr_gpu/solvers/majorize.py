@@ -53,7 +53,6 @@ class MajorizeState:
     RtX: Array = None
     R_mean: Array = None
 
-
     def give_up(self, bound: float) -> None:
         """After an attempt from here that failed: drop the momentum, or else be steeper."""
         if self.momentum is not None:
