@@ -271,7 +271,7 @@ def candidates(
     budget: LayerBudget,
     *,
     form: str = "auto",
-    shares: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0),
+    shares: tuple[float, ...] = (0.0, 0.4, 0.65, 0.85, 1.0),
     rounds: int = 4,
 ) -> list[Candidate]:
     """The best structures within a budget by their linear error, best first.
@@ -474,9 +474,9 @@ def _supported(
     shares: tuple[float, ...],
     rounds: int,
 ) -> list[Candidate]:
-    """Best split between A and U V for a form without a basis.
+    """The two best splits between A and U V for a form without a basis.
 
-    The split is found without exchange rounds; only the best two are then improved.
+    They are found without exchange rounds; only these two are then improved.
     """
     search = SupportSearch(problem, group_size(form, problem.taps))
     splits = [_split(search, budget, form, share) for share in shares]
@@ -493,10 +493,12 @@ def _supported(
     found = []
     for _, s in sorted(tried)[:2]:
         k = structures[s].k
-        found.append((search.improved(search.starts(s, k, 4), k, rounds), structures[s]))
-    support, structure = min(found, key=lambda pair: pair[0].error)
-    error = support.error / max(problem.linear_energy, 1e-30)
-    return [Candidate(structure, error, problem, support.columns)]
+        # What has no A cannot be improved by another support.
+        starts = search.starts(s, k, 4) if s else [search.evaluate(shrunk[s], k)]
+        support = search.improved(starts, k, rounds)
+        error = support.error / max(problem.linear_energy, 1e-30)
+        found.append(Candidate(structures[s], error, problem, support.columns))
+    return found
 
 
 def best_candidate(found: list[Candidate]) -> Candidate:

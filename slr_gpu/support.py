@@ -134,7 +134,7 @@ class SupportSearch:
                 support = self.evaluate(groups, k)
         return support
 
-    def shrink(self, sizes: list[int], k: int, share: float = 0.1) -> dict[int, Array]:
+    def shrink(self, sizes: list[int], k: int, share: float = 0.25) -> dict[int, Array]:
         """Drop groups from the full set in batches; the groups that are left at each size.
 
         Backward elimination beside U V of rank k. A batch is a share of what is left.
