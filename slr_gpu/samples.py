@@ -22,9 +22,9 @@ from .ops import NumpyOps
 
 Array = Any
 
-# Rows a block of the sweeps over samples: large enough for full GEMM speed, small enough that a
-# block's responses stay near the cache.
-BLOCK = 2048
+# Rows a block of the sweeps over samples: large enough for full GEMM speed and for huge pages, small
+# enough that several blocks of responses are no burden.
+BLOCK = 8192
 # Most rows a block on a device.
 LARGEST_BLOCK = 65_536
 # A block that does not fit is halved down to this.

@@ -194,9 +194,20 @@ class NumpyOps:
         value, slope = activation.value(self, z), activation.slope(self, z)
         if convex:
             linear = activation.linear_where(z, Y)
-            xp.copyto(value, z, where=linear)  # both are fresh arrays, or value is z itself
-            xp.copyto(slope, z.dtype.type(1), where=linear)
+            value = _select(linear, z, value)
+            # Where there is a surrogate, slopes are at most 1.
+            xp.maximum(slope, linear.astype(slope.dtype), out=slope)
         error = Y - value
         loss = xp.square(error).sum(axis=(1, 2), dtype=xp.float64)
         slope *= error
         return slope, loss
+
+
+def _select(mask: Array, first: Array, second: Array) -> Array:
+    """``where(mask, first, second)`` on the bits: without branches, in half the time."""
+    bits = f"i{first.itemsize}"
+    one, other = first.view(bits), second.view(bits)
+    chosen = one ^ other
+    chosen &= -mask.astype(bits)
+    chosen ^= other
+    return chosen.view(first.dtype)
