@@ -25,8 +25,8 @@ from rich.table import Table
 import slr_gpu
 from benchmarks.store import Store, key, progress
 from benchmarks.vgg_layers import VGG
-from slr_gpu.curves import LayerBudget
 from slr_gpu.decomposition import Structure
+from slr_gpu.layer_budget import LayerBudget
 from slr_gpu.ops import get_ops
 from slr_gpu.problem import ResponseProblem
 from slr_gpu.support import select_support

@@ -21,8 +21,8 @@ import slr_gpu
 from benchmarks.contenders import Contender
 from benchmarks.store import Store, key, progress
 from benchmarks.vgg_layers import VGG, prefix_branches, single_branch
+from slr_gpu.adapters import adapter_for
 from slr_gpu.errors import SLRError
-from slr_gpu.layers import adapter_for
 
 # -- figure 2 ------------------------------------------------------------------------------------
 

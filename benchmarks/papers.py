@@ -41,6 +41,7 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads of torch and BLAS.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the results.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of captured arrays and models.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A small trial.")]
+TestImages = Annotated[int, typer.Option(min=1, help="Test images, the first so many.")]
 Layers = Annotated[list[str] | None, typer.Option("--layer", help="Only these layers.")]
 Keeps = Annotated[list[float] | None, typer.Option("--keep", help="Only these budgets.")]
 
@@ -78,6 +79,7 @@ def session(
     out: Path | None,
     cache: Path | None,
     quick: bool,
+    test_images: int = 10_000,
 ) -> Iterator[Session]:
     """Load the network, pin the threads; the package's errors become one line."""
     console = Console()
@@ -85,7 +87,9 @@ def session(
         console = Console(width=180)
     torch.set_num_threads(threads)
     cache = cache or default_cache()
-    sizes = {"images": 200, "samples": 1500, "test_images": 200} if quick else {}
+    sizes = {"test_images": test_images}
+    if quick:
+        sizes = {"images": 200, "samples": 1500, "test_images": 200}
     try:
         with threadpool_limits(threads):
             vgg = VGG(Setting(weights, data, cache=cache, quick=quick, **sizes))
@@ -128,13 +132,14 @@ def figure2(
     out: Out = None,
     cache: Cache = None,
     quick: Quick = False,
+    test_images: TestImages = 10_000,
     keep: Keeps = None,
     contender: Annotated[str, typer.Option(help="System: its label in the table.")] = (
         contenders.REFERENCE
     ),
 ) -> None:
     """Accuracy against the number of layers approximated, symmetric and asymmetric."""
-    with session(weights, data, threads, out, cache, quick) as s:
+    with session(weights, data, threads, out, cache, quick, test_images) as s:
         keeps = keep or ([0.25] if quick else [0.25, 0.1])
         (chosen,) = contenders.find([contender])
         records = paper_figures.prefixes(s.vgg, s.store("figure2"), chosen, keeps)
@@ -150,6 +155,7 @@ def figure3(
     out: Out = None,
     cache: Cache = None,
     quick: Quick = False,
+    test_images: TestImages = 10_000,
     layer: Layers = None,
     keep: Keeps = None,
     contender: Annotated[str, typer.Option(help="Solver: its label in the table.")] = (
@@ -157,7 +163,7 @@ def figure3(
     ),
 ) -> None:
     """Linear against after-activation reconstruction, A + B and B alone, one layer at a time."""
-    with session(weights, data, threads, out, cache, quick) as s:
+    with session(weights, data, threads, out, cache, quick, test_images) as s:
         keeps = keep or ([0.25, 0.1] if quick else [0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05])
         layers = s.layers(layer or (["conv2-1"] if quick else ["conv2-1", "conv3-1"]))
         (chosen,) = contenders.find([contender])
@@ -198,6 +204,7 @@ def table1(
     out: Out = None,
     cache: Cache = None,
     quick: Quick = False,
+    test_images: TestImages = 10_000,
     system: Annotated[
         list[str] | None, typer.Option(help="Labels of contenders; ADMM takes long.")
     ] = None,
@@ -208,7 +215,7 @@ def table1(
     lr: Annotated[float, typer.Option(help="First learning rate of AdamW.")] = 1e-4,
 ) -> None:
     """Every layer's parts, then compression, speed-up and accuracy of the whole network."""
-    with session(weights, data, threads, out, cache, quick) as s:
+    with session(weights, data, threads, out, cache, quick, test_images) as s:
         keep = {"params": params} | ({} if flops is None else {"flops": flops})
         tuning = Tuning(epochs, minutes, lr)
         if quick:

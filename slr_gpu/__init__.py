@@ -1,11 +1,12 @@
 """Column-sparse plus low-rank compression of trained networks. See README.md."""
 
-from .compress import Result, compress, load
-from .curves import LayerBudget
+from .compress import compress
 from .decomposition import Decomposition, Status, Structure
 from .errors import BackendError, BudgetError, InputError, ModelError, SLRError
 from .fit import fit
+from .layer_budget import LayerBudget
 from .layer_io import LayerIO
+from .result import Result, load
 from .solvers.admm import ADMM
 from .solvers.baselines import ChannelPruning, Magnitude, WeightSVD, WhitenedSVD
 from .solvers.grebsmo import Grebsmo

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from .curves import LayerBudget, Limit
 from .errors import BudgetError, InputError, complain
+from .layer_budget import LayerBudget, Limit
 from .ops import NumpyOps
 
 RESOURCES = ("params", "flops")

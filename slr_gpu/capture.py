@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .adapters import adapter_for
 from .errors import InputError, ModelError, complain
 from .graph import LayerSite, hooks
 from .layer_io import LayerIO
-from .layers import adapter_for
 from .ops import NumpyOps
 
 Batch = tuple[Any, ...]

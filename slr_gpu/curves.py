@@ -14,10 +14,11 @@ factor of the Schur complement.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from .decomposition import FORMS, Structure, grouping, is_separable
+from .decomposition import Structure
 from .errors import BudgetError, complain
+from .layer_budget import LayerBudget, largest_basis
 from .problem import ResponseProblem, ordered_metric, project
 from .support import SupportSearch, group_size
 
@@ -29,107 +30,6 @@ SCREEN = 1.2
 ESTIMATE_ROWS = 2048
 # Below this relative error a layer is as good as exact, and no other form is searched.
 NEGLIGIBLE = 1e-4
-
-
-class Limit(NamedTuple):
-    """At most so many weights, or multiply-adds per output position; see `Structure.cost`."""
-
-    basis_weight: float
-    weights: float
-    full_kernel: bool = False
-    spatial_weight: float = 1.0  # `basis_weight` of a basis that takes the first kernel axis in
-
-
-@dataclass(frozen=True)
-class LayerBudget:
-    """Costs that a layer may not exceed, all at once.
-
-    Attributes
-    ----------
-    n, channels, taps : int
-        Outputs, input channels and kernel taps of the layer.
-    limits : tuple of Limit or of tuples
-        What may be spent, by each way of counting.
-    multiple : int
-        r, s (channels) and k are multiples of this where the layer is wide enough.
-    kernel_size : tuple of int
-        For the spatial form; by default the taps are not told apart.
-    """
-
-    n: int
-    channels: int
-    taps: int
-    limits: tuple[Limit, ...]
-    multiple: int = 1
-    kernel_size: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "limits", tuple(Limit(*limit) for limit in self.limits))
-
-    @property
-    def weights(self) -> float:
-        """The tightest limit."""
-        return min(limit.weights for limit in self.limits)
-
-    def cost(self, structure: Structure, limit: Limit) -> float:
-        """What a structure costs as a limit counts it."""
-        spatial = structure.form == "spatial"
-        weight = limit.spatial_weight if spatial else limit.basis_weight
-        return structure.cost(self.n, *self.shape(structure.form), weight, limit.full_kernel)
-
-    def shape(self, form: str) -> tuple[int, int]:
-        """Input channels and taps as a form counts them."""
-        return grouping(form, self.channels, self.kernel_size or (self.taps,))
-
-    def regrouped(self) -> LayerBudget:
-        """The budget of a rotated form that costs what the spatial form costs in this one."""
-        limits = tuple(Limit(limit.spatial_weight, limit.weights) for limit in self.limits)
-        return LayerBudget(self.n, *self.shape("spatial"), limits, self.multiple)
-
-    def fits(self, structure: Structure) -> bool:
-        return all(self.cost(structure, limit) <= limit.weights for limit in self.limits)
-
-    def largest_rank(self, form: str, s: int, r: int | None = None) -> int:
-        """Largest k within the budget; -1 when even k = 0 is over it."""
-        empty, one = Structure(form, s, 0, r), Structure(form, s, 1, r)
-        channels, taps = self.shape(form)
-        width = (channels if r is None else r) * taps
-        group = {"columns": 1, "entries": 0}.get(form, taps)
-        rest = width - s * group
-        k = min(self.n, rest)
-        for limit in self.limits:
-            fixed = self.cost(empty, limit)
-            if fixed > limit.weights:
-                return -1
-            if rest:
-                k = min(k, int((limit.weights - fixed) / (self.cost(one, limit) - fixed)))
-        return k - k % self.step(k) if rest else 0
-
-    def step(self, size: int) -> int:
-        """The multiple to round a dimension of about this size to."""
-        return self.multiple if size >= 4 * self.multiple else 1
-
-    def smallest(self, form: str = "auto") -> float:
-        """Smallest keep, as a fraction of the dense weights, that a form can reach."""
-        n, c, taps = self.n, self.channels, self.taps
-        least = {
-            "columns": [Structure("columns", 1, 0)],
-            "channels": [Structure("channels", 1, 0), Structure("channels", 0, 1)],
-            "rotated": [Structure("rotated", 0, 1, 1)] if taps > 1 else [],
-            "entries": [Structure("entries", 1, 0)],
-            "spatial": [Structure("spatial", 0, 1, 1)] if is_separable(self.kernel_size) else [],
-        }
-        automatic = [form for form in least if form not in ("entries", "spatial")]
-        names = automatic if form == "auto" else [form]
-        structures = [structure for name in names for structure in least[name]]
-        cost = min(structure.cost(n, *self.shape(structure.form)) for structure in structures)
-        return min(1.0, cost / (n * c * taps))
-
-
-def largest_basis(budget: LayerBudget) -> int:
-    """Largest r within the budget that leaves room for a part behind it; 0 when there is none."""
-    rows = range(budget.channels, 0, -1)
-    return next((r for r in rows if budget.largest_rank("rotated", 0, r) >= 1), 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -510,33 +410,3 @@ def best_candidate(found: list[Candidate]) -> Candidate:
         return found[0]
     close = [c for c in found if c.error <= 1.25 * found[0].error + 1e-6]
     return min(close, key=held_out_error)
-
-
-def check_form(
-    form: str,
-    spatial: bool,
-    known: tuple[str, ...] = FORMS,
-    kernel_size: tuple[int, ...] | None = None,
-) -> None:
-    """BudgetError for a form that does not exist, that a solver lacks, or that does not apply."""
-    unsplit = kernel_size is not None and not is_separable(kernel_size)
-    if form == "spatial" and form in known and unsplit:
-        raise BudgetError(
-            complain(
-                f"form='spatial' for a kernel of size {kernel_size}",
-                "a convolution with several taps along its first axis and along the others",
-                "Use form='auto'.",
-            )
-        )
-    if form not in (*known, "auto"):
-        raise BudgetError(
-            complain(f"form={form!r}", f"one of auto, {', '.join(known)}", "Use form='auto'.")
-        )
-    if form == "rotated" and not spatial:
-        raise BudgetError(
-            complain(
-                "form='rotated' for a layer without a spatial kernel",
-                "a convolution with more than one tap",
-                "Use form='auto'.",
-            )
-        )

@@ -11,16 +11,10 @@ import numbers
 from typing import Any
 
 from . import activations
-from .curves import (
-    Candidate,
-    LayerBudget,
-    check_form,
-    held_out_error,
-    refine_basis,
-    rotated,
-)
+from .curves import Candidate, held_out_error, refine_basis, rotated
 from .decomposition import Decomposition, Structure, grouping
 from .errors import InputError, complain
+from .layer_budget import LayerBudget, check_form
 from .layer_io import LayerIO
 from .ops import get_ops
 from .problem import ResponseProblem

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import activations
+from .adapters import adapter_for
 from .errors import InputError
-from .layers import adapter_for
 
 # Modules and functions that hand their input on unchanged in eval mode.
 _PASS_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

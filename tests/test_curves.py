@@ -9,10 +9,10 @@ from slr_gpu import BudgetError, LayerBudget, LayerIO, Structure
 from slr_gpu.curves import (
     RotatedCurve,
     candidates,
-    largest_basis,
     refine_basis,
     rotated,
 )
+from slr_gpu.layer_budget import largest_basis
 from slr_gpu.ops import NumpyOps
 from slr_gpu.problem import ResponseProblem
 from slr_gpu.solvers.majorize import Majorize

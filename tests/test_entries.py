@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import slr_gpu
+from slr_gpu.adapters import adapter_for, build_from_plan
 from slr_gpu.decomposition import Decomposition, Structure
-from slr_gpu.layers import adapter_for, build_from_plan
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slr_gpu.adapters import adapter_for, build_from_plan
 from slr_gpu.decomposition import Decomposition
-from slr_gpu.layers import adapter_for, build_from_plan
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 FUNCTIONAL = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

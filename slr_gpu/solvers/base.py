@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ..curves import Candidate, LayerBudget, best_candidate, candidates, check_form
+from ..curves import Candidate, best_candidate, candidates
 from ..decomposition import Decomposition, Structure
+from ..layer_budget import LayerBudget, check_form
 from ..problem import ResponseProblem
 
 Array = Any

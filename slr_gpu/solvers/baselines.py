@@ -15,9 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..curves import Candidate, LayerBudget
+from ..curves import Candidate
 from ..decomposition import Decomposition, Status, Structure
 from ..errors import BudgetError, InputError, complain
+from ..layer_budget import LayerBudget
 from ..penalties import ColumnSparse, low_rank_projection
 from ..problem import ResponseProblem, metric_of
 from ..support import group_size

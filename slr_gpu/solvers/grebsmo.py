@@ -22,9 +22,10 @@ import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..curves import Candidate, LayerBudget
+from ..curves import Candidate
 from ..decomposition import Decomposition, Status, Structure
 from ..errors import BudgetError, InputError, complain
+from ..layer_budget import LayerBudget
 from ..problem import ResponseProblem
 from .base import Solver
 from .bilateral import (

@@ -23,9 +23,10 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from ..activations import Activation
-from ..curves import Candidate, LayerBudget, candidates
+from ..curves import Candidate, candidates
 from ..decomposition import Decomposition, Status, Structure
 from ..errors import BudgetError, InputError, complain
+from ..layer_budget import LayerBudget
 from ..ops import NumpyOps
 from ..problem import Metric, ResponseProblem, ordered_metric, project
 from .base import Solver
