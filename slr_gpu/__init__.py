@@ -7,11 +7,16 @@ from .fit import fit
 from .layer_budget import LayerBudget
 from .layer_io import LayerIO
 from .result import Result, load
-from .solvers.admm import ADMM
-from .solvers.baselines import ChannelPruning, Magnitude, WeightSVD, WhitenedSVD
-from .solvers.grebsmo import Grebsmo
-from .solvers.majorize import Majorize
-from .solvers.zhang import Zhang
+from .solvers import (
+    ADMM,
+    ChannelPruning,
+    Grebsmo,
+    Magnitude,
+    Majorize,
+    WeightSVD,
+    WhitenedSVD,
+    Zhang,
+)
 
 __all__ = [
     "ADMM",

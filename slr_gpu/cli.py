@@ -73,6 +73,16 @@ def _parse_keep(text: str) -> dict[str, float]:
     return keep
 
 
+def _solver(name: str) -> Any:
+    from .solvers import SOLVERS
+
+    if name not in SOLVERS:
+        raise InputError(
+            complain(f"--solver {name}", f"one of {', '.join(SOLVERS)}", "Check the name.")
+        )
+    return SOLVERS[name]()
+
+
 def _load_data(reference: str) -> Any:
     """Calibration data from a .npy or .npz file or from ``pkg.module:loader``."""
     import numpy as np
@@ -117,7 +127,9 @@ def compress(
     keep: Annotated[str, typer.Option(help="For example flops=0.25 or flops=0.25,params=0.5.")],
     out: Annotated[Path, typer.Option(help="Folder for the result.")],
     weights: Annotated[Path | None, typer.Option(help="safetensors file of its weights.")] = None,
-    form: Annotated[str, typer.Option(help="auto, columns, channels, rotated, spatial.")] = "auto",
+    form: Annotated[str, typer.Option(help="auto, or a form of the solver.")] = "auto",
+    solver: Annotated[str, typer.Option(help="majorize, or one of the rivals.")] = "majorize",
+    objective: Annotated[str, typer.Option(help="activation or linear.")] = "activation",
     allocation: Annotated[str, typer.Option(help="uniform or pca_energy.")] = "uniform",
     samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
     ignore: Annotated[list[str], typer.Option(help="Layers to leave dense.")] = [],
@@ -130,12 +142,14 @@ def compress(
     with _clear_errors():
         from .compress import compress as run
 
-        budget = _parse_keep(keep)
+        budget, chosen = _parse_keep(keep), _solver(solver)
         result = run(
             _load_model(model, weights),
             _load_data(data),
             budget,
             form=form,
+            solver=chosen,
+            objective=objective,
             allocation=allocation,
             samples=samples,
             ignore=ignore,

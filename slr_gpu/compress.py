@@ -40,6 +40,7 @@ from .ops import get_ops
 from .progress import progress_bar
 from .report import LayerReport, Report
 from .result import PLAN_SCHEMA, Result
+from .solvers import Majorize, Solver
 
 _OVERRIDES = ("keep", "form")
 
@@ -50,7 +51,7 @@ def compress(
     keep: dict[str, float],
     *,
     form: str = "auto",
-    solver: Any = None,
+    solver: Solver | None = None,
     objective: str = "activation",
     asymmetric: bool = True,
     allocation: str = "uniform",
@@ -116,7 +117,12 @@ def compress(
     """
     began = time.perf_counter()
     keep = check_keep(keep)
-    check_form(form, spatial=True)
+    solver = Majorize() if solver is None else solver
+    if not isinstance(solver, Solver):
+        raise InputError(
+            complain(f"solver={solver!r}", "an instance of a solver", "For example Majorize().")
+        )
+    check_form(form, spatial=True, known=solver.forms)
     for name, value in (("samples", samples), ("batch_size", batch_size), ("multiple", multiple)):
         if not isinstance(value, int) or value < 1:
             raise InputError(complain(f"{name}={value!r}", "an integer >= 1", "Raise it."))
@@ -143,7 +149,8 @@ def compress(
             fold_batch_norm(work, site)
     original = copy.deepcopy(work)
     reasons = _reasons(work, sites, ignore, keep_ends)
-    options = _overrides(overrides or {}, [name for name in sites if name not in reasons])
+    names = [name for name in sites if name not in reasons]
+    options = _overrides(overrides or {}, names, solver.forms)
     chosen = [site for name, site in sites.items() if name not in reasons]
     if not chosen:
         raise InputError(
@@ -233,7 +240,7 @@ def compress(
     report = _report(keep, original, work, _first_sample(batches[0]), sites, layers, reasons)
     report.settings = {
         "form": form,
-        "solver": getattr(solver, "name", "majorize"),
+        "solver": solver.name,
         "objective": objective,
         "asymmetric": asymmetric,
         "allocation": allocation,
@@ -341,7 +348,9 @@ def _reasons(
     return reasons
 
 
-def _overrides(overrides: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict]:
+def _overrides(
+    overrides: dict[str, dict[str, Any]], names: list[str], forms: tuple[str, ...]
+) -> dict[str, dict]:
     options: dict[str, dict[str, Any]] = {}
     for pattern, option in overrides.items():
         if not isinstance(option, dict) or set(option) - set(_OVERRIDES):
@@ -357,7 +366,7 @@ def _overrides(overrides: dict[str, dict[str, Any]], names: list[str]) -> dict[s
             raise InputError(
                 complain(f"overrides[{pattern!r}] keep={fraction}", "a fraction in (0, 1]", "")
             )
-        check_form(option.get("form", "auto"), spatial=True)
+        check_form(option.get("form", "auto"), spatial=True, known=forms)
         for name in _match(pattern, names, "overrides"):
             options.setdefault(name, {}).update(option)
     return options

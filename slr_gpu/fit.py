@@ -18,9 +18,7 @@ from .layer_budget import LayerBudget, check_form
 from .layer_io import LayerIO
 from .ops import get_ops
 from .problem import ResponseProblem
-from .solvers.admm import ADMM
-from .solvers.base import Solver
-from .solvers.majorize import Majorize
+from .solvers import ADMM, Majorize, Solver
 from .support import select_support
 
 Array = Any

@@ -132,6 +132,80 @@ def test_index_of_the_device(cuda):
         assert other.error == pytest.approx(fits[0].error, rel=1e-9)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["cupy", "torch"])
+def test_rows_on_the_device_are_not_copied(cuda, kind):
+    import cupy
+
+    host = layer("relu")
+    names = ("weight", "bias", "inputs", "targets", "linear_targets")
+    arrays = {name: cupy.asarray(getattr(host, name)) for name in names}
+    if kind == "torch":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip(f"torch {torch.__version__} has no CUDA device")
+        arrays = {name: torch.from_numpy(getattr(host, name)).cuda() for name in names}
+    device = LayerIO(**arrays, kernel_size=(3, 3))
+    assert isinstance(device.inputs, cupy.ndarray)
+    there = arrays["inputs"]
+    assert device.inputs.data.ptr == (there.data_ptr() if kind == "torch" else there.data.ptr)
+    ours = slr_gpu.fit(host, **SIZES["rotated"][0], ridge=1e-3)
+    theirs = slr_gpu.fit(device, **SIZES["rotated"][0], ridge=1e-3)  # where the arrays are
+    assert theirs.error == pytest.approx(ours.error, rel=1e-5)
+    back = slr_gpu.fit(device, **SIZES["rotated"][0], ridge=1e-3, device="cpu")
+    np.testing.assert_array_equal(back.to_dense(), ours.to_dense())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", SIZES)
+def test_rows_that_do_not_fit_stream_through(cuda, monkeypatch, form):
+    from slr_gpu.ops.memory import DeviceMemory
+
+    layer_io = layer("relu")
+    monkeypatch.setattr(DeviceMemory, "fits", lambda self, wanted: False)
+    monkeypatch.setattr(DeviceMemory, "block_rows", lambda self, usual, most, each: 100)
+    compare(layer_io, cuda, **SIZES[form][0], ridge=1e-3)
+
+
+@pytest.mark.gpu
+def test_out_of_memory_halves_the_block(cuda, monkeypatch):
+    import cupy
+
+    from slr_gpu.ops.cupy_ops import CupyOps
+
+    original = CupyOps.masked_gradient
+
+    def limited(self, Z, *rest, **more):
+        if Z.shape[1] > 300:
+            raise cupy.cuda.memory.OutOfMemoryError(1, 1)
+        return original(self, Z, *rest, **more)
+
+    monkeypatch.setattr(CupyOps, "masked_gradient", limited)
+    with pytest.warns(RuntimeWarning, match="blocks of"):
+        compare(layer("relu"), cuda, **SIZES["rotated"][0], ridge=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_whole_model(cuda, where):
+    """Wherever the user's model is, it is captured and fitted on the device and comes back."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} has no CUDA device")
+    from test_compress import small_network
+
+    model, data = small_network().eval(), torch.randn(150, 2, 8, 8)
+    settings = {"keep": {"params": 0.6}, "samples": 1000, "ridge": 1e-3, "progress": False}
+    ours = slr_gpu.compress(model, data, **settings)
+    theirs = slr_gpu.compress(model.to(where), data, device="cuda", **settings)
+    assert next(theirs.model.parameters()).device.type == where
+    with torch.no_grad():
+        truth, other = ours.model(data), theirs.model.cpu()(data)
+    assert float((truth - other).norm() / truth.norm()) < 1e-2
+    for mine, its in zip(ours.report.layers, theirs.report.layers, strict=True):
+        assert its.structure == mine.structure
+
+
 # Without a device ------------------------------------------------------------------------------
 
 

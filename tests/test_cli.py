@@ -80,6 +80,8 @@ def test_compress(folder, data):
         ({"--keep": "flops"}, "flops=0.25"),
         ({"--keep": "flops=2"}, "fraction"),
         ({"--device": "tpu"}, "tpu"),
+        ({"--solver": "magic"}, "majorize, admm"),
+        ({"--solver": "zhang", "--form": "rotated"}, "one of auto, columns, spatial"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(folder, changes, match):

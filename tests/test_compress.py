@@ -369,3 +369,27 @@ def test_load_refuses_other_models_and_broken_files(model, data, tmp_path):
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(slr_gpu.InputError, match="schema"):
         slr_gpu.load(tmp_path, small_network)
+
+
+@pytest.mark.parametrize("solver", slr_gpu.solvers.SOLVERS.values(), ids=slr_gpu.solvers.SOLVERS)
+def test_every_solver_compresses_a_model(model, data, solver, tmp_path):
+    keep = {"params": 0.6}
+    result = slr_gpu.compress(model, data, keep, solver=solver(), samples=600, progress=False)
+    assert result.report.achieved["params"] <= 0.6
+    assert result.report.settings["solver"] == solver.name
+    result.save(tmp_path)
+    again = slr_gpu.load(tmp_path, small_network)
+    with torch.no_grad():
+        torch.testing.assert_close(again(data), result.model(data))
+
+
+def test_what_is_no_solver_or_not_its_form_is_refused_first(model, data):
+    before = snapshot(model)
+    for settings, match in (
+        ({"solver": slr_gpu.Zhang}, "an instance of a solver"),
+        ({"solver": slr_gpu.Zhang(), "form": "rotated"}, "one of auto, columns, spatial"),
+        ({"solver": slr_gpu.ADMM(), "overrides": {"2": {"form": "entries"}}}, "one of auto"),
+    ):
+        with pytest.raises(slr_gpu.SLRError, match=match):
+            slr_gpu.compress(model, data, {"params": 0.6}, progress=False, **settings)
+    assert_unchanged(model, before)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,3 +209,45 @@ def test_memory_of_a_device_by_what_is_told(monkeypatch):
     assert memory.block_rows(2, 10**9, 1000) == 200
     assert memory.block_rows(2, 50, 1000) == 50
     assert memory.block_rows(300, 1000, 1000) == 300
+
+
+def test_free_memory_by_nvml_and_by_the_runtime(monkeypatch):
+    """Of the device with the same PCI address, whatever its number; the runtime's where NVML fails."""
+
+    class NVMLError(Exception):
+        pass
+
+    asked = []
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: asked.append("shutdown"),
+        nvmlDeviceGetHandleByPciBusId=asked.append,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=700),
+    )
+    cupy = Streams(0)
+
+    class Device:
+        def __init__(self, index):
+            self.pci_bus_id = f"0000:{index}"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    cupy.cuda.Device = Device
+    cupy.cuda.runtime = SimpleNamespace(memGetInfo=lambda: (300, 1000))
+    cupy.get_default_memory_pool = lambda: SimpleNamespace(free_bytes=lambda: 11)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert DeviceMemory(cupy, 3).free() == 711
+    assert asked == ["0000:3", "shutdown"]
+
+    def fails():
+        raise NVMLError
+
+    nvml.nvmlInit = fails
+    assert DeviceMemory(cupy, 3).free() == 311
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert DeviceMemory(cupy, 3).free() == 311
