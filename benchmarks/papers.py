@@ -111,13 +111,17 @@ def grid(
     layer: Layers = None,
     keep: Keeps = None,
     contender: Annotated[list[str] | None, typer.Option(help="Only these contenders.")] = None,
+    stored: Annotated[bool, typer.Option("--stored", help="Report all that is stored.")] = False,
 ) -> None:
     """All solvers on all layers at 10, 25 and 45 percent."""
     with session(weights, data, threads, out, cache, quick) as s:
         store = s.store("grid")
         keeps = keep or ([0.1, 0.25] if quick else [0.1, 0.25, 0.45])
         chosen = contenders.find(contender)
-        records = solver_grid.run(s.vgg, store, chosen, s.layers(layer), keeps)
+        if stored:
+            records = solver_grid.in_order(store.records.values(), s.layers(layer), keeps)
+        else:
+            records = solver_grid.run(s.vgg, store, chosen, s.layers(layer), keeps)
         summaries = [solver_grid.summarize(records, equal_cost=only) for only in (True, False)]
         store.summarize({summary["against"]: summary for summary in summaries})
         solver_grid.report(records, summaries, s.console)

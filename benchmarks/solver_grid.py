@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import slr_gpu
-from benchmarks.contenders import REFERENCE, UNCOUNTED, Contender
+from benchmarks.contenders import CONTENDERS, REFERENCE, UNCOUNTED, Contender
 from benchmarks.store import Store, key, progress
 from benchmarks.vgg_layers import VGG
 from slr_gpu.errors import SLRError
@@ -115,6 +115,20 @@ def _greedy(layer_io: slr_gpu.LayerIO, fitted: slr_gpu.Decomposition) -> dict[st
         "error": greedy.held_out_error,
         "shared": shared / len(fitted.columns),
     }
+
+
+def in_order(
+    records: Iterable[dict[str, Any]], labels: Sequence[str], keeps: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Stored records of these layers and budgets, as the tables list them."""
+    names = [contender.label for contender in CONTENDERS]
+    chosen = [
+        r
+        for r in records
+        if r["layer"] in labels and r["keep"] in keeps and r["contender"] in names
+    ]
+    order = {"contender": names, "layer": list(labels), "keep": list(keeps)}
+    return sorted(chosen, key=lambda r: [values.index(r[k]) for k, values in order.items()])
 
 
 # -- summary -----------------------------------------------------------------------------------

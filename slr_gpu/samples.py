@@ -67,7 +67,7 @@ class Samples:
     ) -> None:
         self.ops, self.rows, self.dtype = ops, len(index), dtype
         self._mean: Array | None = None
-        self._block: int | None = None  # a size that is known to fit
+        self._sizes: dict[tuple[int, int], int] = {}  # of blocks, asked for once
         self._source: tuple[Samples, Array, int] | None = None
         # Y and Z may be one array: then it is held, and copied, once.
         self._same = Z is Y
@@ -192,8 +192,10 @@ class Samples:
             When not even a small block fits.
         """
         memory = self.ops.memory
-        size = memory.block_rows(block, largest, self._bytes_a_row())
-        size = min(size, self._block or size)
+        if (block, largest) not in self._sizes:
+            rows = memory.block_rows(block, largest, self._bytes_a_row())
+            self._sizes[block, largest] = rows
+        size = self._sizes[block, largest]
         totals: tuple[Array, ...] = ()
         done = 0
         while done < self.rows:
@@ -228,7 +230,7 @@ class Samples:
         self.ops.memory.release()
         message = f"out of memory on {self.ops.device}: going on with blocks of {size} rows"
         warnings.warn(message, RuntimeWarning, stacklevel=4)
-        self._block = size
+        self._sizes = {limits: min(rows, size) for limits, rows in self._sizes.items()}
         return size
 
     def _blocks(self, first: int, size: int) -> Iterator[tuple[Array, Array, Array | None]]:

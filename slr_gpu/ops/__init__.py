@@ -16,6 +16,8 @@ from .numpy_ops import NumpyOps
 
 __all__ = ["NumpyOps", "get_ops", "why_not_cuda"]
 
+_made: dict[int, NumpyOps] = {}  # by device
+
 _INSTALL = (
     "Install the extra for your driver, pip install 'slr_gpu[cuda13]' (driver 580 or newer) or"
     " pip install 'slr_gpu[cuda12]' (525 or newer), or use device='cpu'."
@@ -58,15 +60,27 @@ def get_ops(device: Any = "auto") -> NumpyOps:
     index = None if match[2] is None else int(match[2])
     reason = why_not_cuda(index)
     if reason is None:
-        from .cupy_ops import CupyOps
-
-        return CupyOps(index)
+        return _on_device(index)
     if match[1] == "auto":
         _say_once(f"device='auto' runs on the CPU: {reason} {_INSTALL}")
         return NumpyOps()
     raise BackendError(
         complain(f"device={device!r}, but {reason}", "a device that runs CUDA kernels", _INSTALL)
     )
+
+
+def _on_device(index: int | None) -> NumpyOps:
+    """The operations on a device, made once with all their compiled kernels."""
+    import cupy
+
+    if index is None:
+        index = cupy.cuda.Device().id
+    cupy.cuda.Device(index).use()
+    if index not in _made:
+        from .cupy_ops import CupyOps
+
+        _made[index] = CupyOps(index)
+    return _made[index]
 
 
 @functools.cache
