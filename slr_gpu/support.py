@@ -168,10 +168,32 @@ class SupportSearch:
             found.append(self.evaluate(groups, k))
         return sorted(found, key=lambda support: support.error)
 
+    def swap(self, support: Support, k: int, tries: int = 4) -> Support | None:
+        """One group replaced by another, with a lower error; None when none is found.
+
+        The gains are those without the group that goes, of the few that cost least.
+        """
+        xp = self.problem.ops.xp
+        for group in support.groups[xp.argsort(self.costs(support), kind="stable")[:tries]]:
+            without = self.evaluate(support.groups[support.groups != group], k)
+            gains = self.gains(without)
+            gains[group] = -xp.inf
+            groups = xp.concatenate([without.groups, xp.argmax(gains)[None]])
+            trial = self.evaluate(xp.sort(groups), k)
+            if trial.error < support.error:
+                return trial
+        return None
+
     def improved(self, starts: list[Support], k: int, rounds: int) -> Support:
-        """The best support that exchanges lead to from any of some starts."""
+        """The best support that exchanges lead to from any of some starts, then swaps."""
         ends = [self.exchange(start, k, rounds) for start in starts]
-        return min(ends, key=lambda support: support.error)
+        best = min(ends, key=lambda support: support.error)
+        for _ in range(rounds if 0 < len(best.groups) < self.groups else 0):
+            better = self.swap(best, k)
+            if better is None:
+                break
+            best = better
+        return best
 
     def exchange(self, support: Support, k: int, rounds: int) -> Support:
         """Swap the groups that cost least for those that gain most, while the error falls."""
