@@ -7,6 +7,7 @@ from .fit import fit
 from .layer_budget import LayerBudget
 from .layer_io import LayerIO
 from .result import Result, load
+from .runtime import BenchResult, bench
 from .solvers import (
     ADMM,
     ChannelPruning,
@@ -21,6 +22,7 @@ from .solvers import (
 __all__ = [
     "ADMM",
     "BackendError",
+    "BenchResult",
     "BudgetError",
     "ChannelPruning",
     "Decomposition",
@@ -38,6 +40,7 @@ __all__ = [
     "WeightSVD",
     "WhitenedSVD",
     "Zhang",
+    "bench",
     "compress",
     "fit",
     "load",

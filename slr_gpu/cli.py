@@ -1,4 +1,4 @@
-"""The command line: ``slr-gpu demo | compress | doctor``.
+"""The command line: ``slr-gpu demo | compress | bench | doctor``.
 
 In: arguments. Out: tables on standard output, files in a folder, exit status 1 with one clear
 message when the input cannot be worked with.
@@ -101,6 +101,32 @@ def _load_data(reference: str) -> Any:
     return data if data.dtype.kind in "iub" else data.astype(np.float32)
 
 
+def _parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
+    """``input=1x3x224x224``, several times, as a dict."""
+    shapes = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        parts = sizes.split("x")
+        if not name or not all(part.isdigit() and int(part) for part in parts):
+            raise InputError(
+                complain(f"--shape {text!r}", "input=1x3x224x224", "Repeat it for several inputs.")
+            )
+        shapes[name] = tuple(map(int, parts))
+    return shapes
+
+
+def _label_models(paths: list[Path]) -> dict[str, list[Path]]:
+    """Labels of model files; files that differ only in their ending are one model."""
+    stems = list(dict.fromkeys(path.with_suffix("") for path in paths))
+    names = [stem.name for stem in stems]
+    return {
+        stem.name if names.count(stem.name) == 1 else stem.as_posix(): [
+            path for path in paths if path.with_suffix("") == stem
+        ]
+        for stem in stems
+    }
+
+
 def _load_model(reference: str, weights: Path | None) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -137,11 +163,17 @@ def compress(
     asymmetric: Annotated[bool, typer.Option(help="Fit on the compressed prefix's inputs.")] = True,
     seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:<index> or auto.")] = "cpu",
+    export: Annotated[
+        list[str], typer.Option(help="Also write this .onnx or .pt2 file into the folder.")
+    ] = [],
 ) -> None:
     """Compress a model on unlabelled calibration data."""
     with _clear_errors():
         from .compress import compress as run
+        from .export import check_target
 
+        for name in export:
+            check_target(name)
         budget, chosen = _parse_keep(keep), _solver(solver)
         result = run(
             _load_model(model, weights),
@@ -161,6 +193,52 @@ def compress(
         result.save(out)
         result.report.print()
         Console().print(f"written to {out}: model.safetensors, plan.json, report.json")
+        for name in export:
+            error = result.export(out / name)
+            Console().print(f"written to {out}: {name}, relative error {error:.1e}")
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(help=".onnx or .pt2 files, the dense one first.")],
+    threads: Annotated[int, typer.Option(help="Of every runtime.")] = 1,
+    batch: Annotated[int, typer.Option(help="First size of inputs that leave it free.")] = 1,
+    shape: Annotated[list[str], typer.Option(help="For example input=1x3x224x224.")] = [],
+    runtime: Annotated[
+        list[str], typer.Option(help="pytorch, torch.compile, onnxruntime or openvino; else all.")
+    ] = [],
+    time_limit: Annotated[float, typer.Option(help="Seconds for the timing.")] = 60.0,
+    precision: Annotated[float, typer.Option(help="Relative width of the intervals.")] = 0.03,
+    data: Annotated[
+        str | None, typer.Option(help="calib.npy, calib.npz or pkg.module:loader; else random.")
+    ] = None,
+    eval: Annotated[
+        str | None, typer.Option(help="pkg.module:function; function(run) gives the accuracy.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
+    layers: Annotated[bool, typer.Option(help="Show the slowest nodes.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the order of the runs and random inputs.")] = 0,
+) -> None:
+    """Measure the latency of models side by side in the stock CPU runtimes."""
+    with _clear_errors():
+        from .runtime import bench as run
+
+        result = run(
+            _label_models(models),
+            None if data is None else _load_data(data),
+            runtimes=runtime or None,
+            threads=threads,
+            batch=batch,
+            shapes=_parse_shapes(shape),
+            time_limit_s=time_limit,
+            precision=precision,
+            eval_fn=None if eval is None else _import(eval, "--eval"),
+            out=out,
+            seed=seed,
+        )
+        result.print(layers=layers)
+        if out is not None:
+            Console().print(f"written to {out}: {', '.join(result.written)}")
 
 
 @app.command()

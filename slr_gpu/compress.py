@@ -262,7 +262,7 @@ def compress(
     }
     _restore(work, model)
     report.seconds = time.perf_counter() - began
-    return Result(work, report, plan)
+    return Result(work, report, plan, _example(batches[0]))
 
 
 # -- preparation ------------------------------------------------------------------------------
@@ -313,6 +313,14 @@ def _check_weights(model: nn.Module) -> None:
 
 def _first_sample(batch: Batch) -> Batch:
     return tuple(item[:1] if isinstance(item, torch.Tensor) else item for item in batch)
+
+
+def _example(batch: Batch) -> Batch:
+    """Two samples, so that exporting need not take a batch of one for a constant."""
+    return tuple(
+        item[:2].detach().cpu().clone() if isinstance(item, torch.Tensor) else item
+        for item in batch
+    )
 
 
 def _match(pattern: str, names: list[str], what: str) -> list[str]:

@@ -2,10 +2,12 @@
 
 In: what `compress` made, or a folder. Out: the folder, or the model again. ``plan.json`` says how to
 rebuild the modules, ``model.safetensors`` holds their weights, ``report.json`` what was measured.
+`Result.export` writes the model for other runtimes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import nn
 
 from .adapters import build_from_plan
 from .errors import InputError, complain
+from .export import export_model, flush_denormals, has_denormals
 from .graph import LayerSite, fold_batch_norm, set_module
 from .report import Report
 from .storage import load_json, save_json, write_atomically
@@ -35,21 +38,52 @@ class Result:
     report : Report
     plan : dict
         How to rebuild the modules: JSON values only.
+    example : tuple
+        Arguments of one call on a few calibration samples, for `export`.
     """
 
     model: nn.Module
     report: Report
     plan: dict[str, Any]
+    example: tuple[Any, ...] = ()
 
     def save(self, folder: str | Path) -> None:
-        """Write ``model.safetensors``, ``plan.json`` and ``report.json``, each atomically."""
+        """Write ``model.safetensors``, ``plan.json`` and ``report.json``, each atomically.
+
+        Denormal weights are written as zeros.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            folder / "model.safetensors", lambda path: save_model(self.model, str(path))
-        )
+        model = self.model
+        if has_denormals(model):
+            model = flush_denormals(copy.deepcopy(model))
+        write_atomically(folder / "model.safetensors", lambda path: save_model(model, str(path)))
         save_json(folder / "report.json", self.report.as_dict())
         save_json(folder / "plan.json", self.plan)
+
+    def export(self, path: str | Path, inputs: Any = None) -> float:
+        """Write one file that stock runtimes execute, checked against `model` before it appears.
+
+        Parameters
+        ----------
+        path : path
+            ``.onnx`` (ONNX Runtime, OpenVINO; needs the extra ``onnx``) or ``.pt2``
+            (`torch.export`). Weights are float32, whatever the dtype of the model; the batch
+            dimension is free, the others are those of `inputs`.
+        inputs : tensor, array or tuple of arguments, optional
+            One sample or more; `example` if not given.
+
+        Returns
+        -------
+        float
+            The largest relative error of the file's outputs.
+
+        Raises
+        ------
+        InputError, BackendError, ModelError
+            See `slr_gpu.export.export_model`; nothing is written then.
+        """
+        return export_model(self.model, path, self.example if inputs is None else inputs)
 
 
 def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Module:

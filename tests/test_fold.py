@@ -1,0 +1,190 @@
+"""Models rewritten for deployment compute the same; channels are put in order where they may be."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_layers import random_decomposition
+from torch import nn
+
+from slr_gpu.adapters import adapter_for
+from slr_gpu.fold import fold_orders, for_deployment
+from slr_gpu.layers import _Select
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOLS = {
+    1: (nn.MaxPool1d, nn.AvgPool1d),
+    2: (nn.MaxPool2d, nn.AvgPool2d),
+    3: (nn.MaxPool3d, nn.AvgPool3d),
+}
+
+
+def decomposed(rng, layer, form, s, k, r=None):
+    n, c = layer.weight.shape[:2]
+    kernel = tuple(layer.weight.shape[2:])
+    return adapter_for(layer).build(layer, random_decomposition(rng, n, c, kernel, form, s, k, r))
+
+
+def gathers(model):
+    return sum(isinstance(m, _Select) and m.slice is None for m in model.modules())
+
+
+def assert_same(model, x):
+    before = copy.deepcopy(model.state_dict())
+    deployed = for_deployment(model)
+    with torch.no_grad():
+        wanted, got = model(x), deployed(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    for name, value in model.state_dict().items():
+        assert torch.equal(before[name], value)
+    return deployed
+
+
+def random_norm(norm):
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        tensor.uniform_(0.5, 1.5)
+    return norm
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_chains_of_convolutions(seed):
+    """conv (dense or decomposed) -> (BN) -> activation -> (pooling) -> channels, several times."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    dims = 1 + seed % 3
+    layers, channels, readers = [CONVS[dims](2, 6, 3, padding=1)], 6, 0
+    for _ in range(3):
+        if rng.random() < 0.5:
+            layers.append(random_norm(NORMS[dims](channels)))
+        layers.append([nn.ReLU(inplace=True), nn.GELU(), nn.Tanh()][rng.integers(3)])
+        if rng.random() < 0.3:
+            layers.append(POOLS[dims][rng.integers(2)](2, 1))
+        n = int(rng.integers(4, 9))
+        layer = CONVS[dims](channels, n, 3, padding=1)
+        form = ["channels", "channels", "columns", "rotated"][rng.integers(4)]
+        k = int(rng.integers(0, 3))
+        s = int(rng.integers(1, channels - 1))
+        layers.append(
+            decomposed(rng, layer, form, s, k, channels - 1 if form == "rotated" else None)
+        )
+        readers += form == "channels"
+        channels = n
+    model = nn.Sequential(*layers).eval()
+    deployed = assert_same(model, torch.randn(2, 2, *(9, 8, 7)[:dims]))
+    for module in deployed.modules():
+        if getattr(module, "form", "") == "channels":
+            assert gathers(module) == 0
+
+
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 4, 6)])
+def test_chains_of_linear_layers(k, shape):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Linear(6, 12),
+        nn.ReLU(),
+        decomposed(rng, nn.Linear(12, 40), "columns", 4, k),
+        nn.Dropout(),
+        nn.SiLU(),
+        decomposed(rng, nn.Linear(40, 7), "columns", 9, k),
+    ).eval()
+    deployed = assert_same(model, torch.randn(shape))
+    assert gathers(model) and not gathers(deployed)
+    if not k:  # neurons that nobody reads are gone
+        assert deployed[0].out_features == 4 and deployed[2].A.weight.shape == (9, 4)
+    else:  # few zeros in V are cheaper than a second slice, many are not
+        assert deployed[2].V.in_features == 12 and deployed[5].V.in_features == 31
+
+
+def test_channels_that_single_columns_do_not_read_are_not_computed():
+    rng = np.random.default_rng(0)
+    reader = decomposed(rng, nn.Conv2d(8, 5, 3), "columns", 4, 0)
+    read = {column // 9 for column in reader.kept}
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), reader).eval()
+    deployed = assert_same(model, torch.randn(2, 2, 9, 9))
+    assert deployed[0].out_channels == len(read) < 8
+
+
+class Functional(nn.Module):
+    """Functions and methods instead of modules."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.maker, self.reader = nn.Conv2d(2, 8, 3), reader
+
+    def forward(self, x):
+        return self.reader(F.max_pool2d(F.relu(self.maker(x)).relu(), 2).contiguous())
+
+
+class TwoReaders(Functional):
+    def forward(self, x):
+        y = F.relu(self.maker(x))
+        return self.reader(y).mean((2, 3)) + y.mean((1, 2, 3))[:, None]
+
+
+class CalledTwice(Functional):
+    def forward(self, x):
+        return self.reader(self.maker(x)) + self.reader(torch.tanh(self.maker(2 * x)))
+
+
+class Mixing(Functional):
+    """Softmax over channels keeps its meaning, a running sum over them does not."""
+
+    def forward(self, x):
+        return self.reader(self.maker(x).cumsum(1))
+
+
+class WeightReadElsewhere(Functional):
+    def forward(self, x):
+        return self.reader(self.maker(x)) + self.maker.weight.sum((1, 2, 3))[:5, None, None]
+
+
+class Untraceable(Functional):
+    def forward(self, x):
+        return self.reader(self.maker(x)) if bool(x.sum() < 1e9) else x
+
+
+@pytest.mark.parametrize(
+    "Model,folded",
+    [
+        (Functional, True),
+        (TwoReaders, False),
+        (CalledTwice, False),
+        (Mixing, False),
+        (WeightReadElsewhere, False),
+        (Untraceable, False),
+    ],
+)
+def test_where_the_order_may_change(Model, folded):
+    torch.manual_seed(0)
+    reader = decomposed(np.random.default_rng(0), nn.Conv2d(8, 5, 3), "channels", 3, 2)
+    model = Model(reader).eval()
+    deployed = assert_same(model, torch.randn(2, 2, 12, 12))
+    assert (gathers(deployed) == 0) == folded
+    assert fold_orders(copy.deepcopy(model)) == (["reader"] if folded else [])
+
+
+def test_what_is_watched_or_shared_keeps_its_order():
+    rng = np.random.default_rng(0)
+    reader = decomposed(rng, nn.Linear(8, 5), "columns", 3, 2)
+    watched = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), reader).eval()
+    watched[0].register_forward_hook(lambda *arguments: None)
+    tied = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), reader).eval()
+    tied[0].weight = tied[2].weight
+    grouped = nn.Sequential(
+        nn.Conv1d(8, 8, 1, groups=2), decomposed(rng, nn.Conv1d(8, 5, 1), "channels", 3, 2)
+    ).eval()
+    pooled = nn.Sequential(nn.Linear(8, 9), nn.AvgPool1d(2, 1), reader).eval()
+    for model, x in (
+        (watched, torch.randn(3, 8)),
+        (tied, torch.randn(3, 8)),
+        (grouped, torch.randn(3, 8, 4)),
+        (pooled, torch.randn(3, 2, 8)),
+    ):
+        assert gathers(assert_same(model, x))
