@@ -80,7 +80,7 @@ class Majorize(Solver):
         0.2 %; the best iterate is kept.
     """
 
-    iterations: int = 10
+    iterations: int = 20
     convex: bool = True
     tolerance: float = 1e-3
     patience: int = 2
