@@ -19,6 +19,8 @@ from .memory import HostMemory
 
 Array = Any
 
+PIECE = 32_768  # elements whose intermediate results stay in a core's cache
+
 
 class NumpyOps:
     """Operations on the CPU.
@@ -190,6 +192,19 @@ class NumpyOps:
                     "Pass convex=False.",
                 )
             )
+        R, loss = xp.empty_like(Z), xp.zeros(len(Z))
+        step = max(1, PIECE // max(1, Z.shape[2]))
+        for start in range(0, Z.shape[1], step):
+            rows = slice(start, start + step)
+            R[:, rows], part = self._masked(Z[:, rows], Y[:, rows], activation, bias, convex)
+            loss += part
+        return R, loss
+
+    def _masked(
+        self, Z: Array, Y: Array, activation: Activation, bias: Array | None, convex: bool
+    ) -> tuple[Array, Array]:
+        """`masked_gradient` of a few rows."""
+        xp = self.xp
         z = Z if bias is None else Z + bias[:, None, :]
         value, slope = activation.value(self, z), activation.slope(self, z)
         if convex:
