@@ -428,11 +428,15 @@ def ordered_metric(
 
 def metric_of(problem: ResponseProblem, support: Array) -> tuple[Metric, int]:
     """A metric whose first columns are these, and how many those are."""
+    return Metric(problem.ops, problem.G, columns_first(problem, support)), len(support)
+
+
+def columns_first(problem: ResponseProblem, support: Array) -> Array:
+    """All columns: those of a support, ascending, then the others."""
     xp = problem.ops.xp
     mask = xp.zeros(problem.width, dtype=bool)
     mask[xp.asarray(support, dtype=xp.int64)] = True
-    order = xp.concatenate([xp.flatnonzero(mask), xp.flatnonzero(~mask)])
-    return Metric(problem.ops, problem.G, order), len(support)
+    return xp.concatenate([xp.flatnonzero(mask), xp.flatnonzero(~mask)])
 
 
 def project(metric: Metric, F: Array, kept: int, k: int) -> tuple[Array, Array, Array]:

@@ -72,7 +72,6 @@ class Samples:
         # Y and Z may be one array: then it is held, and copied, once.
         self._same = Z is Y
         arrays = (X, Y) if self._same or Z is None else (X, Y, Z)
-        self._has_Z = Z is not None
         width = sum(array.shape[1] for array in arrays)
         # Twice: an input basis turns X into a second array.
         self.resident = ops.memory.fits(2 * len(index) * width * dtype.itemsize)

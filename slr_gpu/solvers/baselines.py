@@ -20,7 +20,7 @@ from ..decomposition import Decomposition, Status, Structure
 from ..errors import BudgetError, InputError, complain
 from ..layer_budget import LayerBudget
 from ..penalties import ColumnSparse, low_rank_projection
-from ..problem import ResponseProblem, metric_of
+from ..problem import ResponseProblem, columns_first, metric_of
 from ..support import group_size
 from .base import Solver
 from .majorize import MajorizeState, assemble, closed_form
@@ -94,11 +94,8 @@ class _ColumnOrder:
 def _as_is(problem: ResponseProblem, structure: Structure, columns: Array, M: Array, bias: Array,
            U: Array) -> Decomposition:  # fmt: skip
     """The decomposition of a weight that is A on `columns` and ``U Uᵀ M`` elsewhere."""
-    xp = problem.ops.xp
-    mask = xp.zeros(problem.width, dtype=bool)
-    mask[columns] = True
-    order = xp.concatenate([xp.flatnonzero(mask), xp.flatnonzero(~mask)])
-    state = MajorizeState(_ColumnOrder(order), len(columns), None, M, bias, U, 1.0)
+    order = _ColumnOrder(columns_first(problem, columns))
+    state = MajorizeState(order, len(columns), None, M, bias, U, 1.0)
     return assemble(problem, structure, state, Status.CLOSED_FORM, [])
 
 

@@ -23,6 +23,7 @@ import numpy
 
 from ..decomposition import Structure
 from ..problem import ResponseProblem
+from .splitting import solve_factored
 
 Array = Any
 
@@ -288,7 +289,7 @@ def smooth(
     and S and U V by threshold and bilateral alternation of M + Lambda / t in the metric D. All
     structures share the factorisations.
     """
-    xp, solve = problem.ops.xp, problem.ops.scipy.linalg.solve_triangular
+    xp = problem.ops.xp
     stiff = stiffness(problem) if stiff is None else stiff
     states = [empty_state(problem, structure, stiff) for structure in structures]
     D = xp.diagonal(problem.G)[None]
@@ -315,8 +316,7 @@ def smooth(
                 state.V = (state.U.T @ scaled) / root
             both = state.M
             right = problem.start_rhs + (t * both - dual[i]) * D
-            half = solve(L, right.T, lower=True, check_finite=False)
-            M[i] = solve(L, half, lower=True, trans=1, check_finite=False).T
+            M[i] = solve_factored(problem.ops, L, right)
             dual[i] = dual[i] + t * (M[i] - both)
     for state in states:
         place_sparse(problem, state, state.S)
