@@ -15,32 +15,17 @@ would fill more blocks of channels than one (16 wide in ONNX Runtime and OpenVIN
 from __future__ import annotations
 
 import copy
-import math
-from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from . import activations
+from .channel_orders import fold_orders
 from .graph import set_module
-from .layers import (
-    CONVS,
-    SLRLinear,
-    _ColumnGather,
-    _ScatteredWeight,
-    _Select,
-    _SLRConvNd,
-    _SparseKernelConv,
-)
+from .layers import CONVS, SLRLinear, _ScatteredWeight, _SLRConvNd, _SparseKernelConv
 
 BLOCK = 16
 WIDEN = 16  # zeros may be this part of a linear layer's weights
-# Their names as modules and as functions, without case and underscores.
-_ELEMENTWISE = {
-    name.replace("_", "").lower()
-    for name in (*activations.TORCH_MODULES, *activations.TORCH_FUNCTIONS)
-} | {"identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous"}
 
 
 @torch.no_grad()
@@ -128,165 +113,3 @@ def _split_basis(module: _SLRConvNd) -> None:
         for name in used:
             setattr(module, name, _layer(rows[name], None, **settings))
         module.basis = nn.Identity()
-
-
-# -- orders of channels --------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def fold_orders(model: nn.Module) -> list[str]:
-    """Give channels the order that their reader wants, in place, in the layer that makes them.
-
-    A layer of the form ``channels`` (a linear layer: ``columns``) reads kept and other channels by
-    index. Where they come straight from one convolution or linear layer (activations, pooling and
-    BatchNorm may stand between, and nobody else looks at them), the rows of that layer are put
-    into the order (kept, others), and the reader takes two slices. Rows that nobody reads go.
-
-    Returns
-    -------
-    list of str
-        Names of the layers that now read slices. Empty where torch.fx cannot trace the model: it
-        then keeps its gathers.
-    """
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:
-        # Whatever the model does that torch.fx cannot follow, its gathers still work.
-        return []
-    chains = _Chains(model, graph)
-    folded = []
-    for node in graph.nodes:
-        if node.op != "call_module":
-            continue
-        reader = model.get_submodule(node.target)
-        order = _wanted_order(reader)
-        if order is None:
-            continue
-        makers = chains.before(node, reader)
-        if makers:
-            for module in makers:
-                _reorder(module, torch.tensor(order))
-            _read_in_order(reader, order)
-            folded.append(node.target)
-    return folded
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (_SLRConvNd, SLRLinear)) or super().is_leaf_module(module, name)
-
-
-class _Chains:
-    """What makes a layer's input, if nothing else depends on the order of its channels."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        self.model = model
-        called = [model.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"]
-        self._calls = Counter(id(module) for module in called)
-        modules = {id(module): module for module in model.modules()}.values()
-        self._owners = Counter(id(p) for m in modules for p in m.parameters(recurse=False))
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                owner, _, name = node.target.rpartition(".")
-                self._owners[id(getattr(model.get_submodule(owner), name))] += 1
-
-    def before(self, node: fx.Node, reader: nn.Module) -> list[nn.Module]:
-        """The layer that makes the channels, after the BatchNorms on the way; or nothing."""
-        dims = getattr(reader, "dims", 0)
-        found: list[nn.Module] = []
-        if not self._own(reader):
-            return []
-        while len(node.all_input_nodes) == 1:
-            node = node.all_input_nodes[0]
-            if len(node.users) != 1:
-                return []
-            if node.op in ("call_function", "call_method"):
-                if not _passes(getattr(node.target, "__name__", str(node.target)), dims):
-                    return []
-                continue
-            if node.op != "call_module":
-                return []
-            module = self.model.get_submodule(node.target)
-            if _makes(module, dims):
-                return [*found, module] if self._own(module) else []
-            if dims and type(module).__name__ == f"BatchNorm{dims}d" and self._own(module):
-                found.append(module)
-            elif not _passes(type(module).__name__, dims) or _hooked(module):
-                return []
-        return []
-
-    def _own(self, module: nn.Module) -> bool:
-        """Whether the module is called once and its weights are nobody else's."""
-        alone = all(self._owners[id(p)] == 1 for p in module.parameters())
-        return self._calls[id(module)] == 1 and alone and not _hooked(module)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-
-
-def _passes(name: str, dims: int) -> bool:
-    """Whether a module or function treats all channels alike and apart."""
-    name = name.replace("_", "").lower()
-    pools = [f"{kind}pool{dims}d" for kind in ("max", "avg", "adaptivemax", "adaptiveavg")]
-    return name in _ELEMENTWISE or (dims > 0 and name in pools)
-
-
-def _makes(module: nn.Module, dims: int) -> bool:
-    if dims == 0:
-        return type(module) in (nn.Linear, SLRLinear)
-    plain = type(module) is CONVS[dims] and module.groups == 1
-    return plain or (isinstance(module, _SLRConvNd) and module.dims == dims)
-
-
-def _wanted_order(reader: nn.Module) -> list[int] | None:
-    """Channels as the reader wants to find them, those it does not read left out."""
-    if isinstance(reader, SLRLinear):
-        width, kept = reader.in_features, reader.kept
-    elif isinstance(reader, _SLRConvNd) and reader.form == "channels":
-        width, kept = reader.in_channels, reader.kept
-    elif isinstance(reader, _SLRConvNd) and reader.form == "columns" and not reader.rank:
-        width = reader.in_channels
-        kept = sorted({column // math.prod(reader.kernel_size) for column in reader.kept})
-    else:
-        return None
-    rest = sorted(set(range(width)) - set(kept)) if reader.rank else []
-    order = kept + rest
-    # Nothing to gain from no kept channels, nor from an order that is there already.
-    return order if kept and order != list(range(width)) else None
-
-
-def _reorder(module: nn.Module, order: Tensor) -> None:
-    """Put the output channels of a layer, or the channels of a BatchNorm, into an order."""
-    if isinstance(module, (_SLRConvNd, SLRLinear)):
-        for name in ("U", "A"):
-            if hasattr(module, name):
-                _reorder(getattr(module, name), order)
-        return
-    if isinstance(module, nn.Sequential):
-        _reorder(module[-1], order)
-        return
-    for name, parameter in list(module.named_parameters()):
-        setattr(module, name, nn.Parameter(parameter[order]))
-    for name, buffer in list(module.named_buffers()):
-        if buffer.ndim:
-            setattr(module, name, buffer[order])
-    for name in ("out_channels", "out_features", "num_features"):
-        if hasattr(module, name):
-            setattr(module, name, len(order))
-
-
-def _read_in_order(reader: nn.Module, order: list[int]) -> None:
-    if isinstance(reader, _SLRConvNd) and reader.form == "columns":
-        taps = math.prod(reader.kernel_size)
-        place = {channel: position for position, channel in enumerate(order)}
-        columns = [place[column // taps] * taps + column % taps for column in reader.kept]
-        settings = (reader.kernel_size, reader.stride, reader.dilation)
-        reader.gather = _ColumnGather(columns, *settings)
-        return
-    s, dim = len(reader.kept), reader.select_A.dim
-    reader.select_A = _Select(list(range(s)), dim) if reader.rank else nn.Identity()
-    if reader.rank and isinstance(reader.select_V, nn.Identity):
-        reader.V.weight.copy_(reader.V.weight[:, order])
-    elif reader.rank:
-        reader.select_V = _Select(list(range(s, len(order))), dim)

@@ -27,27 +27,36 @@ from .decomposition import Decomposition
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def _contiguous_slice(indices: list[int]) -> slice | None:
-    """The slice that equals `indices`, if there is one."""
-    if indices and indices == list(range(indices[0], indices[0] + len(indices))):
-        return slice(indices[0], indices[0] + len(indices))
-    return None
+MOST_SLICES = 4
+
+
+def _runs(indices: list[int]) -> list[tuple[int, int]]:
+    """(start, length) of each run of neighbours, in order."""
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and index == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((index, 1))
+    return runs
 
 
 class _Select(nn.Module):
-    """Pick entries along a dimension: a slice where they are neighbours, else an index gather."""
+    """Pick entries along a dimension: a few slices where they are neighbours, else a gather."""
 
     def __init__(self, indices: list[int], dim: int) -> None:
         super().__init__()
-        self.dim, self.slice = dim, _contiguous_slice(indices)
-        if self.slice is None:
+        self.dim, self.slices = dim, _runs(indices)
+        if not 0 < len(self.slices) <= MOST_SLICES:
+            self.slices = []
             index = torch.tensor(indices, dtype=torch.int64)
             self.register_buffer("index", index, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.slice is not None:
-            return x.narrow(self.dim, self.slice.start, self.slice.stop - self.slice.start)
-        return x.index_select(self.dim, self.index)
+        if not self.slices:
+            return x.index_select(self.dim, self.index)
+        parts = [x.narrow(self.dim, start, length) for start, length in self.slices]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_entries import random_entries
 from test_layers import random_decomposition
 from torch import nn
 
 from slr_gpu.adapters import adapter_for
-from slr_gpu.fold import fold_orders, for_deployment
+from slr_gpu.channel_orders import fold_orders
+from slr_gpu.fold import for_deployment
 from slr_gpu.layers import _Select
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -27,11 +29,14 @@ POOLS = {
 def decomposed(rng, layer, form, s, k, r=None):
     n, c = layer.weight.shape[:2]
     kernel = tuple(layer.weight.shape[2:])
+    if form == "entries":
+        return adapter_for(layer).build(layer, random_entries(rng, n, c, kernel, s, k)[0])
     return adapter_for(layer).build(layer, random_decomposition(rng, n, c, kernel, form, s, k, r))
 
 
 def gathers(model):
-    return sum(isinstance(m, _Select) and m.slice is None for m in model.modules())
+    """Selections that are not one slice."""
+    return sum(isinstance(m, _Select) and len(m.slices) != 1 for m in model.modules())
 
 
 def assert_same(model, x):
@@ -39,6 +44,8 @@ def assert_same(model, x):
     deployed = for_deployment(model)
     with torch.no_grad():
         wanted, got = model(x), deployed(x)
+    if isinstance(wanted, tuple):
+        wanted, got = (torch.cat([y.flatten() for y in outputs]) for outputs in (wanted, got))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
     for name, value in model.state_dict().items():
         assert torch.equal(before[name], value)
@@ -122,10 +129,65 @@ class Functional(nn.Module):
         return self.reader(F.max_pool2d(F.relu(self.maker(x)).relu(), 2).contiguous())
 
 
-class TwoReaders(Functional):
+class ReadTwice(Functional):
     def forward(self, x):
         y = F.relu(self.maker(x))
         return self.reader(y).mean((2, 3)) + y.mean((1, 2, 3))[:, None]
+
+
+class TwoReaders(Functional):
+    """The other reader's columns move along."""
+
+    def __init__(self, reader):
+        super().__init__(reader)
+        self.other = nn.Conv2d(8, 5, 3)
+
+    def forward(self, x):
+        y = F.relu(self.maker(x))
+        return self.reader(y) + self.other(y)
+
+
+class Sum(Functional):
+    def __init__(self, reader):
+        super().__init__(reader)
+        self.second, self.third = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = random_norm(nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        y = F.relu(self.maker(x)) + self.second(x)
+        y = y + self.norm(self.third(y))
+        return self.reader(F.relu(y, inplace=True) / 2)
+
+
+class Gate(Functional):
+    """Squeeze and excite, then a depthwise convolution."""
+
+    def __init__(self, reader):
+        super().__init__(reader)
+        self.squeeze, self.excite = nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+
+    def forward(self, x):
+        y = self.maker(x)
+        gate = torch.sigmoid(self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu()))
+        return self.reader(self.depthwise(y * gate))
+
+
+class SumWithWhatIsSeen(Sum):
+    def forward(self, x):
+        y, z = self.maker(x), self.second(x)
+        return self.reader(y + z) + z.amax(1, keepdim=True)[..., 1:-1, 1:-1]
+
+
+class SumOverBroadcast(Sum):
+    def forward(self, x):
+        return self.reader(self.maker(x) + x.mean((1, 2, 3), keepdim=True))
+
+
+class Watched(Sum):
+    def forward(self, x):
+        y = self.maker(x)
+        return self.reader(y), y
 
 
 class CalledTwice(Functional):
@@ -154,7 +216,13 @@ class Untraceable(Functional):
     "Model,folded",
     [
         (Functional, True),
-        (TwoReaders, False),
+        (TwoReaders, True),
+        (Sum, True),
+        (Gate, True),
+        (ReadTwice, False),
+        (SumWithWhatIsSeen, False),
+        (SumOverBroadcast, False),
+        (Watched, False),
         (CalledTwice, False),
         (Mixing, False),
         (WeightReadElsewhere, False),
@@ -164,10 +232,125 @@ class Untraceable(Functional):
 def test_where_the_order_may_change(Model, folded):
     torch.manual_seed(0)
     reader = decomposed(np.random.default_rng(0), nn.Conv2d(8, 5, 3), "channels", 3, 2)
+    reader.select_A, reader.select_V = _Select([1, 4, 6], 1), _Select([0, 2, 3, 5, 7], 1)
+    reader.kept = [1, 4, 6]
     model = Model(reader).eval()
     deployed = assert_same(model, torch.randn(2, 2, 12, 12))
-    assert (gathers(deployed) == 0) == folded
+    assert gathers(model) and (gathers(deployed) == 0) == folded
     assert fold_orders(copy.deepcopy(model)) == (["reader"] if folded else [])
+
+
+class Concatenated(nn.Module):
+    """Branches of several widths, a norm over all of them, and two readers."""
+
+    def __init__(self, reader, other):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 6, 3), nn.Conv2d(2, 4, 3)
+        self.norm, self.pool = random_norm(nn.BatchNorm2d(10)), nn.MaxPool2d(2)
+        self.reader, self.other = reader, other
+
+    def forward(self, x):
+        y = self.pool(F.relu(self.norm(torch.cat([self.first(x), self.second(x)], 1))))
+        return self.reader(y).mean((2, 3)) + self.other(y).mean((2, 3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_parts_of_a_concatenation_have_orders_of_their_own(seed):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    readers = [decomposed(rng, nn.Conv2d(10, 5, 3), "channels", 4, k) for k in (2, 0)]
+    model = Concatenated(*readers).eval()
+    deployed = assert_same(model, torch.randn(2, 2, 12, 12))
+    runs = deployed.reader.select_A.slices
+    assert len(runs) <= 2 and sum(length for _, length in runs) == 4
+
+
+class Flattened(nn.Module):
+    def __init__(self, how, rank):
+        super().__init__()
+        rng = np.random.default_rng(3)
+        self.maker, self.how = nn.Conv2d(2, 8, 3), how
+        features = 8 if how == "mean" else 8 * 16
+        # Reads single features of few channels: the other channels need not be computed.
+        self.reader = decomposed(rng, nn.Linear(features, 5), "columns", 3, rank)
+
+    def forward(self, x):
+        y = F.relu(self.maker(x))
+        if self.how == "mean":
+            y = y.mean([2, 3])
+        elif self.how == "flatten":
+            y = torch.flatten(y, 1)
+        elif self.how == "method":
+            y = y.flatten(start_dim=1)
+        else:
+            y = y.view(y.size(0), -1) if self.how == "size" else y.reshape(y.shape[0], -1)
+        return self.reader(y)
+
+
+@pytest.mark.parametrize("how", ["mean", "flatten", "method", "size", "shape"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_channels_of_a_flattened_map(how, rank):
+    model = Flattened(how, rank).eval()
+    deployed = assert_same(model, torch.randn(3, 2, 6, 6))
+    block = 1 if how == "mean" else 16
+    read = 8 if rank else len({feature // block for feature in model.reader.kept})
+    assert deployed.maker.out_channels == read
+    if how == "mean":
+        assert gathers(model) and not gathers(deployed)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_graphs(seed):
+    """Readers of every form behind random sums, concatenations, norms and depthwise layers."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = RandomGraph(rng).eval()
+    assert_same(model, torch.randn(2, 3, 8, 8))
+
+
+class RandomGraph(nn.Module):
+    """Maps of one size; each step reads maps made before."""
+
+    def __init__(self, rng, steps=7):
+        super().__init__()
+        self.steps, self.layers = [], nn.ModuleList()
+        widths = [3]
+        for _ in range(steps):
+            kind = rng.choice(["conv", "conv", "slr", "slr", "sum", "cat", "norm", "depthwise"])
+            a = int(rng.integers(max(len(widths) - 3, 0), len(widths)))
+            alike = [i for i, width in enumerate(widths) if width == widths[a] and i != a]
+            if kind == "sum" and not alike:
+                kind = "slr"
+            b = int(rng.choice(alike)) if kind == "sum" else int(rng.integers(len(widths)))
+            c, n = widths[a], int(rng.choice([4, 6, 8]))
+            layer = nn.Identity()
+            if kind in ("conv", "slr"):
+                layer = nn.Conv2d(c, n, 3, padding=1)
+                form = str(rng.choice(["channels", "channels", "columns", "rotated", "entries"]))
+                if kind == "slr":
+                    r = c - 1 if form == "rotated" else None
+                    k = int(rng.integers(0 if form != "rotated" else 1, 3))
+                    layer = decomposed(rng, layer, form, int(rng.integers(1, c - 1)), k, r)
+            elif kind == "norm":
+                layer = random_norm(nn.BatchNorm2d(c))
+            elif kind == "depthwise":
+                layer = nn.Conv2d(c, c, 3, padding=1, groups=c)
+            self.steps.append((str(kind), a, b))
+            self.layers.append(layer)
+            widths.append({"sum": c, "cat": c + widths[b], "norm": c, "depthwise": c}.get(kind, n))
+        self.last = nn.Conv2d(widths[-1], 2, 1)
+
+    def forward(self, x):
+        maps = [x]
+        for (kind, a, b), layer in zip(self.steps, self.layers, strict=True):
+            if kind == "sum":
+                y = maps[a] + maps[b]
+            elif kind == "cat":
+                y = torch.cat([maps[a], maps[b]], dim=1)
+            else:
+                y = layer(maps[a])
+            maps.append(torch.tanh(y))
+        return self.last(maps[-1])
 
 
 def test_what_is_watched_or_shared_keeps_its_order():

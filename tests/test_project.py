@@ -39,6 +39,7 @@ ORDER = [
     "budget",
     "report",
     "equivalence",
+    "channel_orders",
     "fold",
     "export",
     "result",
