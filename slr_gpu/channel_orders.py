@@ -347,6 +347,7 @@ def _wanted(reader: nn.Module) -> tuple[list[int], list[int]]:
     elif isinstance(reader, _SLRConvNd) and reader.form == "channels":
         kept = reader.kept
     elif isinstance(reader, _SLRConvNd) and reader.form == "columns" and not reader.rank:
+        # Only as a gather; the dense kernel of such a layer is the layer multiplied out.
         kept = sorted({column // math.prod(reader.kernel_size) for column in reader.kept})
     else:
         return [], every
@@ -399,7 +400,7 @@ def _read_in_order(reader: nn.Module, order: Tensor) -> None:
         if reader.rank and not isinstance(reader.select_V, nn.Identity):
             reader.select_V = _Select([place[channel] for channel in others], dim)
             return
-    elif not by_index and reader.form == "columns" and reader.kept:
+    elif not by_index and isinstance(getattr(reader, "gather", None), _ColumnGather):
         taps = math.prod(reader.kernel_size)
         columns = [place[column // taps] * taps + column % taps for column in reader.kept]
         reader.gather = _ColumnGather(columns, reader.kernel_size, reader.stride, reader.dilation)
@@ -414,5 +415,7 @@ def _first_layers(reader: nn.Module) -> list[nn.Module]:
         return [basis]
     if basis is not None:  # split between the parts
         return [m for m in (reader._modules.get(n) for n in ("select_A", "select_V")) if m]
-    first = [reader.A] if getattr(reader, "entries", 0) else []
+    # As a dense kernel, A reads all channels too.
+    whole = reader.entries or isinstance(getattr(reader, "gather", None), nn.Identity)
+    first = [reader.A] if whole else []
     return [*first, reader.V] if reader.rank else first

@@ -166,11 +166,19 @@ def compress(
     export: Annotated[
         list[str], typer.Option(help="Also write this .onnx or .pt2 file into the folder.")
     ] = [],
+    runtime: Annotated[
+        str, typer.Option(help="Where exported layers are timed: auto, none or a runtime.")
+    ] = "auto",
+    threads: Annotated[int, typer.Option(help="Of that runtime.")] = 1,
 ) -> None:
     """Compress a model on unlabelled calibration data."""
     with _clear_errors():
         from .compress import compress as run
         from .export import check_target
+        from .runtime.layer_timing import check_runtime
+
+        if runtime not in ("auto", "none"):
+            check_runtime(runtime)
 
         for name in export:
             check_target(name)
@@ -194,8 +202,12 @@ def compress(
         result.report.print()
         Console().print(f"written to {out}: model.safetensors, plan.json, report.json")
         for name in export:
-            error = result.export(out / name)
-            Console().print(f"written to {out}: {name}, relative error {error:.1e}")
+            chosen_runtime = None if runtime == "none" else runtime
+            exported = result.export(out / name, runtime=chosen_runtime, threads=threads)
+            Console().print(exported.table())
+            Console().print(f"written to {out}: {name}, relative error {exported.error:.1e}")
+        if export:
+            result.save_report(out)  # once more, with the graphs that were chosen
 
 
 @app.command()

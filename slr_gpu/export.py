@@ -24,7 +24,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,9 @@ def check_target(path: str | Path) -> None:
             ) from error
 
 
-def export_model(model: nn.Module, path: str | Path, inputs: Any) -> float:
+def export_model(
+    model: nn.Module, path: str | Path, inputs: Any, graphs: Mapping[str, str] | None = None
+) -> float:
     """Write a model as ``.onnx`` or ``.pt2``, checked against PyTorch.
 
     Parameters
@@ -92,6 +94,8 @@ def export_model(model: nn.Module, path: str | Path, inputs: Any) -> float:
     inputs : tensor, array or tuple of arguments
         Inputs that the model understands, one sample or more; the leading dimension of the
         tensors is the batch. All other dimensions are fixed to theirs.
+    graphs : dict of str to str, optional
+        Which graph decomposed layers take; see `slr_gpu.fold.for_deployment`.
 
     Returns
     -------
@@ -115,7 +119,7 @@ def export_model(model: nn.Module, path: str | Path, inputs: Any) -> float:
     reference = copy.deepcopy(model).cpu().float().eval()
     expected = runner_of(reference)
     with torch.no_grad(), _quiet():
-        deployed = flush_denormals(for_deployment(reference))
+        deployed = flush_denormals(for_deployment(reference, graphs))
         example = resize(arguments, 2)
         program = _capture(deployed, example)
         if path.suffix == ".onnx":
@@ -136,6 +140,34 @@ def export_model(model: nn.Module, path: str | Path, inputs: Any) -> float:
 
         write_atomically(path, write)
     return worst
+
+
+def modules_to_onnx(cases: Sequence[tuple[nn.Module, Tensor]]) -> list[bytes]:
+    """ONNX files of modules, each for the shape of its one input, at little more than one's cost.
+
+    They pass the exporter side by side, as one model, and are cut apart.
+    """
+    from onnx.utils import Extractor
+
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(
+            _SideBySide([module for module, _ in cases]),
+            (tuple(x for _, x in cases),),
+            strict=False,
+        )
+        proto = _convert(program, [f"output_{i}" for i in range(len(cases))])
+    extractor = Extractor(proto)
+    pairs = zip(proto.graph.input, proto.graph.output, strict=True)
+    return [extractor.extract_model([x.name], [y.name]).SerializeToString() for x, y in pairs]
+
+
+class _SideBySide(nn.Module):
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        return [part(x) for part, x in zip(self.parts, inputs, strict=True)]
 
 
 @torch.no_grad()
@@ -207,19 +239,7 @@ def _place(model: nn.Module, error: BaseException) -> str:
 
 def _to_onnx(program: torch.export.ExportedProgram, outputs: int) -> bytes:
     names = ["output"] if outputs == 1 else [f"output_{i}" for i in range(outputs)]
-    try:
-        converted = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, output_names=names, verbose=False
-        )
-    except Exception as error:
-        raise ModelError(
-            complain(
-                f"{type(error).__name__} {_operator(program, error)}",
-                "operators that torch's ONNX exporter knows",
-                "Export .pt2 instead, or write the step with other operators.",
-            )
-        ) from error
-    proto = converted.model_proto
+    proto = _convert(program, names)
     foreign = [node for node in proto.graph.node if node.domain not in ("", "ai.onnx")]
     if foreign or len(proto.functions):
         what = ", ".join(sorted({f"{node.domain}::{node.op_type}" for node in foreign}))
@@ -233,6 +253,23 @@ def _to_onnx(program: torch.export.ExportedProgram, outputs: int) -> bytes:
     _flush_initializers(proto)
     _name_batch(proto)
     return proto.SerializeToString()
+
+
+def _convert(program: torch.export.ExportedProgram, names: list[str]) -> Any:
+    """The ONNX message of a captured program."""
+    try:
+        converted = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, output_names=names, verbose=False
+        )
+    except Exception as error:
+        raise ModelError(
+            complain(
+                f"{type(error).__name__} {_operator(program, error)}",
+                "operators that torch's ONNX exporter knows",
+                "Export .pt2 instead, or write the step with other operators.",
+            )
+        ) from error
+    return converted.model_proto
 
 
 def _operator(program: torch.export.ExportedProgram, error: BaseException) -> str:

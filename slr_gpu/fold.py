@@ -1,20 +1,27 @@
 """A compressed model rewritten for deployment: the same function in the operations runtimes fuse.
 
-In: a model with decomposed layers. Out: a copy whose decomposed layers compute
+In: a model with decomposed layers, and which graph each of them takes. Out: a copy. The graphs:
 
-    columns, entries   with plain dense kernels, scattered once here instead of in every call
-    rotated, spatial   ``U(V(P_c x)) + A(P_s x)``: the basis as two convolutions, no slice between
-    channels           on slices, where the layer before can hand channels over in that order
-    linear layers      as channels; V reads all of x, with zeros on S, where that is cheap
+    rotated, spatial   split: ``U(V(P_c x)) + A(P_s x)``, the basis as two convolutions, no slice;
+                       sliced: one basis, then two slices
+    columns            gather: A on shifted channels, one 1x1; kernel: A as a dense kernel with
+                       zeros; V has such a kernel in both
+    channels           sliced, where the layer before can hand channels over in that order
+    entries            kernel: a dense kernel, scattered once here instead of in every call
+    linear layers      sliced; widened: V reads all of x, with zeros on S
+    all of them        dense: multiplied out, a layer of the original's shape
 
 A slice of channels makes ONNX Runtime leave its blocked memory layout and come back; two
 convolutions that together have the basis' rows do the same arithmetic and stay in it. Where they
-would fill more blocks of channels than one (16 wide in ONNX Runtime and OpenVINO), the slice stays.
+would fill more blocks of channels than one (16 wide in ONNX Runtime and OpenVINO), the slice is the
+first choice. Which graph is the fastest on a machine is measured by `slr_gpu.deploy`.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,23 +33,148 @@ from .layers import CONVS, SLRLinear, _ScatteredWeight, _SLRConvNd, _SparseKerne
 
 BLOCK = 16
 WIDEN = 16  # zeros may be this part of a linear layer's weights
+DENSE = "dense"
 
 
 @torch.no_grad()
-def for_deployment(model: nn.Module) -> nn.Module:
-    """A copy of a model in eval mode that computes the same with fewer and plainer operations."""
+def for_deployment(model: nn.Module, graphs: Mapping[str, str] | None = None) -> nn.Module:
+    """A copy of a model in eval mode that computes the same with fewer and plainer operations.
+
+    Parameters
+    ----------
+    model : nn.Module
+    graphs : dict of str to str, optional
+        By name of a decomposed layer, one of its `graphs_of`; the first of them by default.
+    """
     model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, _SparseKernelConv):
-            set_module(model, name, _dense_kernel(module))
-        elif isinstance(module, _ScatteredWeight):
-            set_module(model, name, _dense_entries(module))
-        elif isinstance(module, _SLRConvNd) and module.basis_rows is not None:
-            _split_basis(module)
-        elif isinstance(module, SLRLinear) and module.kept and module.rank:
-            _widen(module)
+    for name, module in decomposed_layers(model).items():
+        graph = (graphs or {}).get(name) or graphs_of(module)[0]
+        if graph == DENSE:
+            set_module(model, name, multiplied_out(module))
+        else:
+            _rewrite(module, graph)
     fold_orders(model)
     return model
+
+
+def decomposed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The decomposed layers of a model by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (_SLRConvNd, SLRLinear))
+    }
+
+
+def graphs_of(module: nn.Module) -> tuple[str, ...]:
+    """The graphs that a decomposed layer can take, the one of first choice first."""
+    if isinstance(module, SLRLinear):
+        if not (module.kept and module.rank):
+            return ("sliced", DENSE)
+        zeros, weights = len(module.kept) * module.rank, sum(p.numel() for p in module.parameters())
+        few = WIDEN * zeros <= weights
+        return ("widened", "sliced", DENSE) if few else ("sliced", "widened", DENSE)
+    if module.form == "columns" and module.kept:
+        # Without V, one dense kernel is the layer multiplied out.
+        return ("gather", "kernel", DENSE) if module.rank else ("gather", DENSE)
+    if module.form in ("columns", "entries"):
+        return ("kernel", DENSE)
+    if module.basis_rows is None or not (module.kept and module.rank):
+        return ("sliced", DENSE)
+    s, r = len(module.kept), module.basis_rows
+    few = _blocks(s) + _blocks(r - s) <= _blocks(r)
+    return ("split", "sliced", DENSE) if few else ("sliced", "split", DENSE)
+
+
+def _rewrite(module: nn.Module, graph: str) -> None:
+    """Let a decomposed layer compute by a graph, in place."""
+    for name, part in list(module.named_children()):
+        if isinstance(part, _SparseKernelConv):
+            setattr(module, name, _dense_kernel(part))
+        elif isinstance(part, _ScatteredWeight):
+            setattr(module, name, _dense_entries(part))
+    if graph == "widened":
+        _widen(module)
+    elif graph == "kernel" and module.form == "columns" and module.kept:
+        flat = module.A.weight.flatten(1)
+        weight = _scattered(flat, module.gather.columns, module)
+        module.A = _layer(weight, module.A.bias, stride=module.stride, dilation=module.dilation)
+        module.gather = nn.Identity()
+    elif getattr(module, "basis_rows", None) is not None:
+        _split_basis(module, graph)
+
+
+# -- multiplied out --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def multiplied_out(module: nn.Module) -> nn.Module:
+    """The convolution or linear layer that a decomposed layer stands for.
+
+    Products are summed in float64.
+    """
+    last = module.U if module.rank else module.A
+    if isinstance(module, SLRLinear):
+        weight = _summed(module, module.in_features, ())
+        return _layer(weight.to(last.weight.dtype), last.bias)
+    kernel_size = module.kernel_size
+    if module.form == "columns":
+        width = module.in_channels * math.prod(kernel_size)
+        weight = last.weight.new_zeros(module.out_channels, width, dtype=torch.float64)
+        if module.kept:
+            weight[:, module.gather.columns] = module.A.weight.flatten(1).double()
+        if module.rank:
+            weight[:, module.V.columns] += module.U.weight.flatten(1).double() @ (
+                module.V.weight.double()
+            )
+        weight = weight.reshape(module.out_channels, module.in_channels, *kernel_size)
+    elif module.basis_rows is None:
+        weight = _summed(module, module.in_channels, kernel_size)
+    else:
+        own = (1, *kernel_size[1:]) if module.form == "spatial" else kernel_size
+        weight = _summed(module, module.basis_rows, own).flatten(2)
+        basis = module.basis.weight.double().flatten(2)
+        # (n, r, own taps) and (r, c, taps of the basis): one of the two has a single tap.
+        weight = torch.einsum("nrt,rcu->ncut", weight, basis)
+        weight = weight.reshape(module.out_channels, module.in_channels, *kernel_size)
+    return _layer(
+        weight.to(last.weight.dtype),
+        last.bias,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        padding_mode=module.padding_mode,
+    )
+
+
+def _summed(module: nn.Module, width: int, kernel_size: tuple[int, ...]) -> Tensor:
+    """``A + U V`` (n, width, ...) in the coordinates that A and V share, float64."""
+    n = len((module.U if module.rank else module.A).bias)
+    weight = torch.zeros(n, width, *kernel_size, dtype=torch.float64)
+    if module.rank:
+        rest = slice(None)
+        if not module.entries:
+            kept = set(module.kept)
+            rest = [i for i in range(width) if i not in kept]
+        V = module.V.weight.double()
+        weight[:, rest] = torch.tensordot(module.U.weight.double().flatten(1), V, 1)
+    if module.kept:
+        weight[:, module.kept] += module.A.weight.double()
+    if module.entries:
+        flat = torch.zeros(weight.numel(), dtype=torch.float64)
+        flat.index_copy_(0, module.A.index, module.A.weight.double())
+        weight += flat.reshape(weight.shape)
+    return weight
+
+
+def _scattered(flat: Tensor, columns: list[int], module: _SLRConvNd) -> Tensor:
+    """A kernel with these columns (n, len(columns)) and zeros elsewhere."""
+    width = module.in_channels * math.prod(module.kernel_size)
+    weight = flat.new_zeros(len(flat), width).index_copy(1, torch.tensor(columns), flat)
+    return weight.reshape(len(flat), module.in_channels, *module.kernel_size)
+
+
+# -- parts -----------------------------------------------------------------------------------------
 
 
 def _layer(weight: Tensor, bias: Tensor | None, **settings: Any) -> nn.Module:
@@ -81,12 +213,9 @@ def _dense_entries(module: _ScatteredWeight) -> nn.Module:
 
 def _widen(module: SLRLinear) -> None:
     """Let V read all of x, with zeros on S: a few products more, no gather of the many others."""
-    s, k = len(module.kept), module.rank
-    if WIDEN * s * k > sum(parameter.numel() for parameter in module.parameters()):
-        return
     kept = set(module.kept)
     rest = torch.tensor([i for i in range(module.in_features) if i not in kept], dtype=torch.int64)
-    weight = module.V.weight.new_zeros(k, module.in_features)
+    weight = module.V.weight.new_zeros(module.rank, module.in_features)
     module.V = _layer(weight.index_copy(1, rest, module.V.weight), None)
     module.select_V = nn.Identity()
 
@@ -95,7 +224,7 @@ def _blocks(channels: int) -> int:
     return -(-channels // BLOCK)
 
 
-def _split_basis(module: _SLRConvNd) -> None:
+def _split_basis(module: _SLRConvNd, graph: str) -> None:
     """Give each part its own rows of the basis."""
     basis, s = module.basis, len(module.kept)
     settings = {
@@ -109,7 +238,7 @@ def _split_basis(module: _SLRConvNd) -> None:
     if len(used) == 1:
         module.basis = _layer(rows[used[0]], None, **settings)
         setattr(module, used[0], nn.Identity())
-    elif _blocks(s) + _blocks(module.basis_rows - s) <= _blocks(module.basis_rows):
+    elif graph == "split":
         for name in used:
             setattr(module, name, _layer(rows[name], None, **settings))
         module.basis = nn.Identity()

@@ -76,12 +76,15 @@ class _ColumnGather(nn.Module):
         super().__init__()
         self.stride, self.dilation, self.kernel_size = stride, dilation, kernel_size
         taps = math.prod(kernel_size)
+        # In the order in which they are handed over: tap by tap.
+        self.columns: list[int] = []
         self.offsets, selects = [], []
         for tap, offset in enumerate(np.ndindex(*kernel_size)):
-            channels = [c // taps for c in columns if c % taps == tap]
-            if channels:
+            found = [c for c in columns if c % taps == tap]
+            if found:
+                self.columns += found
                 self.offsets.append(offset)
-                selects.append(_Select(channels, 1))
+                selects.append(_Select([c // taps for c in found], 1))
         self.selects = nn.ModuleList(selects)
 
     def forward(self, padded: Tensor) -> Tensor:
@@ -346,9 +349,8 @@ class _SLRConvNd(nn.Module):
             self.A.assign(d)
         if self.kept:
             if self.form == "columns":
-                # The gather hands columns over tap by tap; the decomposition has them ascending.
-                taps = d.taps
-                order = np.lexsort((d.columns // taps, d.columns % taps))
+                # The gather has its own order of columns; the decomposition has them ascending.
+                order = np.searchsorted(d.columns, self.gather.columns)
                 self.A.weight.copy_(tensors["A"][:, torch.from_numpy(order)].reshape(n, -1, *one))
             else:
                 self.A.weight.copy_(tensors["A"].reshape(n, len(self.kept), *k))

@@ -39,6 +39,8 @@ class LayerReport:
         ``||Y - r(Z)||^2 / ||Y||^2`` after the activation on calibration rows never fitted.
     seconds : float
     notes : list of str
+    deployed : str
+        How an exported file computes it, where that was measured.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LayerReport:
     error: float | None = None
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    deployed: str = ""
 
     @property
     def compressed(self) -> bool:
@@ -94,6 +97,12 @@ class Report:
             "flops": self.flops_kept / max(self.flops, 1),
         }
 
+    def note_deployment(self, name: str, how: str) -> None:
+        """Say how an exported file computes a layer."""
+        for layer in self.layers:
+            if layer.name == name:
+                layer.deployed = how
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         value = asdict(self)
@@ -131,7 +140,7 @@ class Report:
                     _share(layer.params_kept, layer.params),
                     _share(layer.flops_kept, layer.flops),
                     "" if layer.error is None else f"{layer.error:.4f}",
-                    "; ".join([layer.status, *layer.notes]),
+                    "; ".join(filter(None, [layer.status, *layer.notes, layer.deployed])),
                 )
             else:
                 table.add_row(

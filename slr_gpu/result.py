@@ -2,7 +2,7 @@
 
 In: what `compress` made, or a folder. Out: the folder, or the model again. ``plan.json`` says how to
 rebuild the modules, ``model.safetensors`` holds their weights, ``report.json`` what was measured.
-`Result.export` writes the model for other runtimes.
+`Result.export` writes the model for other runtimes, each layer by the graph that is fastest there.
 """
 
 from __future__ import annotations
@@ -13,18 +13,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from .adapters import build_from_plan
+from .deploy import LayerGraph, choose_graphs, table
 from .errors import InputError, complain
-from .export import export_model, flush_denormals, has_denormals
+from .export import check_target, export_model, flush_denormals, has_denormals
 from .graph import LayerSite, fold_batch_norm, set_module
 from .report import Report
 from .storage import load_json, save_json, write_atomically
 
 PLAN_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file.
+
+    Attributes
+    ----------
+    path : Path
+    error : float
+        Largest relative error of the file's outputs.
+    layers : list of LayerGraph
+        How the decomposed layers are computed, and how long each takes; empty if not measured.
+    """
+
+    path: Path
+    error: float
+    layers: list[LayerGraph]
+
+    def table(self) -> Table:
+        """A rich renderable: a line a layer."""
+        return table(self.layers)
 
 
 @dataclass
@@ -58,11 +82,27 @@ class Result:
         if has_denormals(model):
             model = flush_denormals(copy.deepcopy(model))
         write_atomically(folder / "model.safetensors", lambda path: save_model(model, str(path)))
-        save_json(folder / "report.json", self.report.as_dict())
+        self.save_report(folder)
         save_json(folder / "plan.json", self.plan)
 
-    def export(self, path: str | Path, inputs: Any = None) -> float:
+    def save_report(self, folder: str | Path) -> None:
+        """Write ``report.json``, atomically."""
+        save_json(Path(folder) / "report.json", self.report.as_dict())
+
+    def export(
+        self,
+        path: str | Path,
+        inputs: Any = None,
+        *,
+        runtime: str | None = "auto",
+        threads: int = 1,
+        progress: bool = True,
+    ) -> Exported:
         """Write one file that stock runtimes execute, checked against `model` before it appears.
+
+        Every decomposed layer is first timed in the runtime, by each of the graphs that compute
+        it, the dense one among them, and takes the fastest: no layer runs slower than it did. What
+        they are is noted in `report`.
 
         Parameters
         ----------
@@ -72,18 +112,39 @@ class Result:
             dimension is free, the others are those of `inputs`.
         inputs : tensor, array or tuple of arguments, optional
             One sample or more; `example` if not given.
+        runtime : str or None
+            Where layers are timed, ``"onnxruntime"``, ``"openvino"`` or ``"pytorch"``. ``"auto"``
+            is the first of them for ``.onnx``, the last for ``.pt2``; None times nothing and
+            takes the graphs of first choice, the same on every machine.
+        threads : int
+            Of the runtime.
+        progress : bool
+            Show a bar on a terminal.
 
         Returns
         -------
-        float
-            The largest relative error of the file's outputs.
+        Exported
 
         Raises
         ------
         InputError, BackendError, ModelError
             See `slr_gpu.export.export_model`; nothing is written then.
         """
-        return export_model(self.model, path, self.example if inputs is None else inputs)
+        check_target(path)
+        path = Path(path)
+        inputs = self.example if inputs is None else inputs
+        if runtime == "auto":
+            runtime = "onnxruntime" if path.suffix == ".onnx" else "pytorch"
+        layers = []
+        if runtime is not None:
+            layers = choose_graphs(
+                self.model, inputs, runtime=runtime, threads=threads, progress=progress
+            )
+        graphs = {layer.name: layer.graph for layer in layers}
+        error = export_model(self.model, path, inputs, graphs)
+        for layer in layers:
+            self.report.note_deployment(layer.name, str(layer))
+        return Exported(path, error, layers)
 
 
 def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Module:
