@@ -153,9 +153,15 @@ class VGG:
     # -- whole models --------------------------------------------------------------------------
 
     def compressed(
-        self, keep: dict[str, float], contender: Contender, asymmetric: bool
+        self,
+        keep: dict[str, float],
+        contender: Contender,
+        asymmetric: bool,
+        **options: Any,
     ) -> tuple[nn.Module, Report]:
         """The network compressed by `slr_gpu.compress`, from the cache once it has been made.
+
+        `options` are further arguments of it.
 
         Raises
         ------
@@ -168,6 +174,7 @@ class VGG:
             )
         solver, form = contender.solver(self.setting.quick), contender.form
         settings = {"keep": keep, "solver": solver, "form": form, "asymmetric": asymmetric}
+        settings |= options
         folder = self.setting.cache / f"vgg16-{self.fingerprint(**settings)}"
         # The plan is written last: with it, the folder is complete.
         if not (folder / "plan.json").exists():
@@ -182,6 +189,7 @@ class VGG:
                 seed=self.setting.seed,
                 batch_size=BATCH,
                 progress=False,
+                **options,
             ).save(folder)
         model = slr_gpu.load(folder, vgg16)
         return model, Report.from_dict(load_json(folder / "report.json"))

@@ -139,9 +139,9 @@ class RotatedCurve:
 
         def look(r: float, s: float) -> None:
             r = min(max(int(round(r)), 1), largest)
-            r = max(r - r % budget.step(r), 1)
+            r = max(r - r % budget.unit, 1)
             s = min(max(int(round(s)), 0), r)
-            s -= s % budget.step(s)
+            s -= s % budget.unit
             if (r, s) in found:
                 return
             k = budget.largest_rank("rotated", s, r)
@@ -156,7 +156,7 @@ class RotatedCurve:
         if not found:
             return []
         step_r, step_s = largest / (2 * grid), 0.125
-        while step_r >= max(1.0, budget.multiple / 2) and step_s > 0.02:
+        while step_r >= max(1.0, budget.unit / 2) and step_s > 0.02:
             best = min(found.values(), key=lambda pair: pair[0])[1]
             r, s = best.r, best.s
             for dr in (-step_r, 0.0, step_r):
@@ -258,7 +258,7 @@ def held_out_error(candidate: Candidate) -> float:
 def _split(search: SupportSearch, budget: LayerBudget, form: str, share: float) -> Structure | None:
     """The structure that spends this share of the budget on A; None when nothing fits."""
     s = min(int(share * budget.weights / (budget.n * search.size)), search.groups)
-    s -= s % budget.step(s)
+    s -= s % budget.unit
     k = budget.largest_rank(form, s)
     return None if k < 0 or (k == 0 and s == 0) else Structure(form, s, k)
 

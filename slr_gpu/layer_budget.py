@@ -7,6 +7,7 @@ do, and the smallest fraction that any structure reaches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from .decomposition import FORMS, Structure, grouping, is_separable
@@ -33,7 +34,7 @@ class LayerBudget:
     limits : tuple of Limit or of tuples
         What may be spent, by each way of counting.
     multiple : int
-        r, s (channels) and k are multiples of this where the layer is wide enough.
+        r, s (channels) and k are multiples of this where the budget allows; see `unit`.
     kernel_size : tuple of int
         For the spatial form; by default the taps are not told apart.
     """
@@ -85,11 +86,25 @@ class LayerBudget:
                 return -1
             if rest:
                 k = min(k, int((limit.weights - fixed) / (self.cost(one, limit) - fixed)))
-        return k - k % self.step(k) if rest else 0
+        return k - k % self.unit if rest else 0
 
-    def step(self, size: int) -> int:
-        """The multiple to round a dimension of about this size to."""
-        return self.multiple if size >= 4 * self.multiple else 1
+    @cached_property
+    def unit(self) -> int:
+        """What r, s (channels) and k are multiples of.
+
+        `multiple`, since runtimes work in blocks of channels and a block begun costs nearly what a
+        whole one does; halved in narrow layers and at small budgets, until the smallest structure
+        takes no more than half of what may be spent, so that there is still something to choose.
+        """
+        unit = self.multiple
+        while unit > 1:
+            smallest = Structure("columns", 0, unit)
+            if self.taps > 1:
+                smallest = Structure("rotated", 0, unit, unit)
+            if all(2 * self.cost(smallest, limit) <= limit.weights for limit in self.limits):
+                break
+            unit //= 2
+        return unit
 
     def smallest(self, form: str = "auto") -> float:
         """Smallest keep, as a fraction of the dense weights, that a form can reach."""

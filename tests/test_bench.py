@@ -27,7 +27,15 @@ from slr_gpu.runtime.sessions import (
     Session,
     relative_error,
 )
-from slr_gpu.runtime.timing import MIN_ROUNDS, bootstrap, interleave, pinned, quartiles, usable_cpus
+from slr_gpu.runtime.timing import (
+    BLOCK_S,
+    MIN_ROUNDS,
+    bootstrap,
+    interleave,
+    pinned,
+    quartiles,
+    usable_cpus,
+)
 
 onnx = pytest.importorskip("onnx", reason="needs the onnx extra")
 pytest.importorskip("onnxruntime", reason="needs the onnx extra")
@@ -133,10 +141,10 @@ def test_bootstrap_covers_the_ratio_under_drift():
 
 def test_every_round_visits_all_in_a_random_order():
     clock, log = Clock(), []
-    calls = fakes(clock, {"a": 0.02, "b": 0.02, "c": 0.02}, log)
+    calls = fakes(clock, {"a": 0.03, "b": 0.03, "c": 0.03}, log)
     done = interleave(calls, [("a", "b")], precision=0.01, time_limit_s=60, clock=clock)
     assert done.converged and done.calls == {"a": 1, "b": 1, "c": 1}
-    assert all(np.allclose(seconds, 0.02) for seconds in done.seconds.values())
+    assert all(np.allclose(seconds, 0.03) for seconds in done.seconds.values())
     assert all(len(seconds) == MIN_ROUNDS for seconds in done.seconds.values())
     timed = log[-6 * MIN_ROUNDS :: 2]  # a warm call and a timed one each
     assert log[-6 * MIN_ROUNDS + 1 :: 2] == timed
@@ -145,7 +153,7 @@ def test_every_round_visits_all_in_a_random_order():
     again: list[str] = []
     clock = Clock()
     interleave(
-        fakes(clock, {"a": 0.02, "b": 0.02, "c": 0.02}, again),
+        fakes(clock, {"a": 0.03, "b": 0.03, "c": 0.03}, again),
         [("a", "b")],
         precision=0.01,
         time_limit_s=60,
@@ -157,7 +165,9 @@ def test_every_round_visits_all_in_a_random_order():
 def test_short_calls_are_timed_in_blocks():
     clock = Clock()
     done = interleave(fakes(clock, {"a": 1e-5}), [], precision=0.01, time_limit_s=60, clock=clock)
-    assert 99 <= done.calls["a"] <= 101 and np.allclose(done.seconds["a"], 1e-5)
+    expected = BLOCK_S / 1e-5
+    assert 0.99 * expected <= done.calls["a"] <= 1.01 * expected
+    assert np.allclose(done.seconds["a"], 1e-5)
 
 
 def test_noise_runs_into_the_time_limit():

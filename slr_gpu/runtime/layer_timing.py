@@ -28,6 +28,8 @@ from .timing import Timings, interleave, pinned
 
 # Weights of the modules that pass the exporter at once.
 GROUP_BYTES = 2**29
+# Short: inside a model a layer does not find its weights in the nearest cache either.
+BLOCK_S = 1e-3
 
 Case = tuple[nn.Module, tuple[int, ...]]  # a module and the shape of its input
 
@@ -85,6 +87,7 @@ def time_layers(
                 ratios,
                 precision=precision,
                 time_limit_s=time_limit_s,
+                block_s=BLOCK_S,
                 seed=seed,
                 advance=advance,
             )

@@ -2,8 +2,9 @@
 
 In: callables that each run one model once. Out: seconds per call, one number a callable and round.
 Every round visits all callables in a new random order, so that a machine that slows down slows
-all of them down. A block starts with one untimed call, since the models before it have taken the
-caches, and is long enough for the clock. A speed-up is the median over the rounds of baseline /
+all of them down. A block starts with untimed calls, a quarter of it, since the models before it
+have taken the caches, and is long enough for what the model needs to be back in them: latencies are
+of a model that runs again and again. A speed-up is the median over the rounds of baseline /
 candidate. The rounds end when the intervals of these medians are narrow, or when the time is up.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-BLOCK_S = 1e-3
+BLOCK_S = 20e-3
 MIN_ROUNDS = 15
 FEWEST_ROUNDS = 3
 _WARM_UP_S = 0.05
@@ -94,6 +95,7 @@ def interleave(
     *,
     precision: float,
     time_limit_s: float,
+    block_s: float = BLOCK_S,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     advance: Callable[..., None] | None = None,
@@ -109,6 +111,8 @@ def interleave(
         Width of the 95 % interval relative to the median.
     time_limit_s : float
         Looked at after each round; three rounds are run in any case.
+    block_s : float
+        Timed seconds of a block, at least one call.
     seed : int
         Of the order within the rounds and of the bootstrap.
     clock : callable
@@ -123,7 +127,7 @@ def interleave(
     rng = np.random.default_rng(seed)
     order = list(calls)
     began = clock()
-    blocks = {key: _block_size(call, clock) for key, call in calls.items()}
+    blocks = {key: _block_size(call, block_s, clock) for key, call in calls.items()}
     seconds: dict[Hashable, list[float]] = {key: [] for key in calls}
     pairs = ratios or [(None, key) for key in calls]
     rounds, look_at, converged, said = 0, MIN_ROUNDS, False, clock()
@@ -161,15 +165,16 @@ def _width(seconds: dict[Hashable, list[float]], pair: tuple, seed: int) -> floa
 
 
 def _time_block(call: Callable[[], object], count: int, clock: Callable[[], float]) -> float:
-    call()
+    for _ in range(math.ceil(count / 4)):
+        call()
     began = clock()
     for _ in range(count):
         call()
     return (clock() - began) / count
 
 
-def _block_size(call: Callable[[], object], clock: Callable[[], float]) -> int:
-    """Warm up; then how many calls take `BLOCK_S`."""
+def _block_size(call: Callable[[], object], block_s: float, clock: Callable[[], float]) -> int:
+    """Warm up; then how many calls take so long."""
     fastest, began = math.inf, clock()
     for count in range(100):
         before = clock()
@@ -178,7 +183,7 @@ def _block_size(call: Callable[[], object], clock: Callable[[], float]) -> int:
         fastest = min(fastest, after - before)
         if count >= 2 and after - began > _WARM_UP_S:
             break
-    return max(1, math.ceil(BLOCK_S / max(fastest, 1e-7)))
+    return max(1, math.ceil(block_s / max(fastest, 1e-7)))
 
 
 # -- where it runs -----------------------------------------------------------------------------

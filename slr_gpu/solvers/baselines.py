@@ -115,7 +115,7 @@ def _most_groups(budget: LayerBudget, form: str) -> int:
             low = middle
         else:
             high = middle - 1
-    return low - low % budget.step(low)
+    return low - low % budget.unit
 
 
 def _columns_of(problem: ResponseProblem, structure: Structure, scores: Array) -> Array:
