@@ -79,6 +79,8 @@ class Report:
     layers : list of LayerReport
         In the order of execution.
     settings : dict
+    refinement : dict
+        Losses on held-out samples before and after it, and whether it was kept; empty without one.
     """
 
     asked: dict[str, float]
@@ -89,6 +91,7 @@ class Report:
     seconds: float
     layers: list[LayerReport]
     settings: dict[str, Any] = field(default_factory=dict)
+    refinement: dict[str, Any] = field(default_factory=dict)
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -164,6 +167,12 @@ class Report:
             )
         skipped = sum(layer.flops for layer in self.layers if not layer.compressed)
         lines.append(f"FLOPs in layers left dense: {skipped / max(self.flops, 1):.2%}")
+        if self.refinement:
+            r = self.refinement
+            lines.append(
+                f"refined together: held-out {r['loss']} {r['before']:.3g} -> {r['after']:.3g}"
+                + ("" if r["kept"] else " (not better, dropped)")
+            )
         lines.append(f"wall time: {self.seconds:.1f} s")
         return Group(table, Text("\n".join(["", *lines])))
 
