@@ -178,6 +178,7 @@ class VGG:
                 solver=solver,
                 form=form,
                 asymmetric=asymmetric,
+                allocation="uniform",
                 samples=self.setting.samples,
                 seed=self.setting.seed,
                 batch_size=BATCH,

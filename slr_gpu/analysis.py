@@ -6,8 +6,11 @@ every layer so that
 
     sum_l loss_l(error_l(x_l))  is least,  with  sum_l cost_l(x_l) <= budget  for every resource.
 
-loss_l maps the error of a layer to the loss of the model: a power law between the measured points
-(straight lines in logarithms). `response` takes the error itself for the loss.
+For `response` the loss is the error of the layer's response itself. For `output` it is
+sqrt(error * effect), where the effect on the model's output is a power law between the measured
+points (straight lines in logarithms). Effects are measured with one layer compressed at a time, so
+they do not see that later layers must also make up for earlier ones; the geometric mean with the
+error, which counts all layers alike, meets that half-way and measures better than either.
 """
 
 from __future__ import annotations
@@ -73,8 +76,8 @@ class LayerAnalysis:
         return cls(LayerCost(**cost), points, effects, value["energies"])
 
 
-def predicted_loss(effects: list[tuple[float, float]], errors: np.ndarray) -> np.ndarray:
-    """Loss of the model at errors of one layer, from the losses at a few.
+def predicted_effect(effects: list[tuple[float, float]], errors: np.ndarray) -> np.ndarray:
+    """Loss of the model at errors of one layer, alone, from the losses at a few.
 
     Straight lines in logarithms through the measured points, made monotone, and beyond them with
     the nearest slope, kept within `SLOPES`.
@@ -233,7 +236,9 @@ class Analysis:
         """What the layer may become: points that no other beats, and dense."""
         points: list[Point | None] = [*layer.points, None]
         errors = np.array([0.0 if point is None else point.error for point in points])
-        losses = errors if allocation == "response" else predicted_loss(layer.effects, errors)
+        losses = errors
+        if allocation == "output":
+            losses = np.sqrt(errors * predicted_effect(layer.effects, errors))
         costs = np.array(
             [
                 [layer.cost.cost(None if p is None else p.structure, name) for name in resources]

@@ -9,6 +9,7 @@ refused, and the message says which of them changed.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,7 @@ class Store:
             When the folder belongs to other facts; names what changed, and nothing is deleted.
         """
         store = cls(folder)
+        facts = json.loads(json.dumps(facts))  # tuples come back from a file as lists
         if not resume:
             store.clear()
         path = store.folder / _FACTS
@@ -117,7 +119,7 @@ class Store:
     @classmethod
     def named(cls, root: str | Path, facts: dict[str, Any]) -> Store:
         """A folder under `root` for exactly these facts."""
-        digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return cls.open(Path(root) / digest, facts, resume=True)
 
     def part(self, name: str) -> Store:

@@ -42,20 +42,21 @@ class Refinement:
         Passes over the calibration data.
     rate : float
         Largest step of a tensor, as a fraction of its root mean square.
-    mix : bool
-        Mix floating-point inputs in pairs.
+    copies : int
+        Sets of inputs, each for every so many epochs: the samples as they are, then mixtures of
+        them, where inputs are floating-point numbers. 1 is without mixtures.
     batch_size : int
     seed : int
     """
 
-    epochs: int = 10
+    epochs: int = 9
     rate: float = 2e-3
-    mix: bool = True
+    copies: int = 3
     batch_size: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("epochs", 1), ("batch_size", 1)):
+        for name, lowest in (("epochs", 1), ("copies", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < lowest:
                 raise InputError(
@@ -113,7 +114,7 @@ def refine_model(
     loss = choose_loss(loss, wanted[0])
     parameters = [p for name in names for p in work.get_submodule(name).parameters()]
     trainer = _Trainer(parameters, settings)
-    batches = _Batches(fitted, settings)
+    batches = _Batches(original, fitted, settings)
     steps = settings.epochs * len(batches)
 
     def judge() -> float:
@@ -125,9 +126,7 @@ def refine_model(
     with bar as advance, full_precision(), _only_these_train(work, parameters):
         advance(first * len(batches))
         for epoch in range(first, settings.epochs):
-            for number, batch in enumerate(batches.of_epoch(epoch)):
-                with torch.no_grad():
-                    target = run_model(original, batch)
+            for number, (batch, target) in enumerate(batches.of_epoch(epoch)):
                 total, count = output_loss(loss, target, run_model(work, batch))
                 trainer.step(total / count, (epoch * len(batches) + number) / steps)
                 advance(1)
@@ -232,13 +231,14 @@ def schedule(share: float) -> float:
 
 
 class _Batches:
-    """Calibration samples in a new order, and mixed anew, every epoch.
+    """Calibration samples and mixtures of them, each with what the original returns for it.
 
-    Samples are shuffled across batches where all have one shape; else batches are.
+    There are `copies` sets of batches, the first without mixtures; an epoch goes through one of
+    them. Samples are shuffled across batches where all have one shape; else batches are.
     """
 
-    def __init__(self, batches: list[Batch], settings: Refinement) -> None:
-        self.batches, self.settings = batches, settings
+    def __init__(self, original: nn.Module, batches: list[Batch], settings: Refinement) -> None:
+        self.original, self.batches, self.settings = original, batches, settings
         shapes = {
             tuple(tuple(i.shape[1:]) if isinstance(i, Tensor) and i.ndim else None for i in batch)
             for batch in batches
@@ -246,32 +246,46 @@ class _Batches:
         self.joined: Batch | None = None
         if len(shapes) == 1 and None not in next(iter(shapes)):
             self.joined = tuple(torch.cat(items) for items in zip(*batches, strict=True))
+        mixes = all(isinstance(i, Tensor) and i.is_floating_point() for i in batches[0])
+        self.copies = settings.copies if mixes else 1
+        self._wanted: dict[tuple[int, int], Any] = {}
 
     def __len__(self) -> int:
+        """Batches an epoch."""
         if self.joined is None:
             return len(self.batches)
         return max(1, len(self.joined[0]) // self.settings.batch_size)
 
-    def of_epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch; the same whenever they are asked for."""
-        seed = np.random.SeedSequence([self.settings.seed, epoch]).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(seed))
+    def of_epoch(self, epoch: int) -> Iterator[tuple[Batch, Any]]:
+        """Batches of an epoch with the original's outputs; the same whenever they are asked for."""
+        copy = epoch % self.copies
+        order = torch.randperm(len(self), generator=self._generator(self.copies + epoch))
+        batches = self._of_copy(copy)
+        for number in order.tolist():
+            batch, key = batches[number], (copy, number)
+            if key not in self._wanted:
+                with torch.no_grad():
+                    self._wanted[key] = run_model(self.original, batch)
+            yield batch, self._wanted[key]
+
+    def _of_copy(self, copy: int) -> list[Batch]:
+        generator = self._generator(copy)
         if self.joined is None:
-            order = torch.randperm(len(self.batches), generator=generator)
-            batches = (self.batches[index] for index in order.tolist())
+            batches = self.batches
         else:
             order = torch.randperm(len(self.joined[0]), generator=generator)
             size = min(self.settings.batch_size, len(order))
             parts = order[: len(self) * size].split(size)
-            batches = (tuple(item[rows] for item in self.joined) for rows in parts)
-        for batch in batches:
-            yield self._mixed(batch, generator) if self.settings.mix else batch
+            batches = [tuple(item[rows] for item in self.joined) for rows in parts]
+        return batches if copy == 0 else [self._mixed(batch, generator) for batch in batches]
+
+    def _generator(self, number: int) -> torch.Generator:
+        seed = np.random.SeedSequence([self.settings.seed, number]).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(seed))
 
     @staticmethod
     def _mixed(batch: Batch, generator: torch.Generator) -> Batch:
-        """Every sample of floating-point inputs mixed with another of the batch."""
-        if not all(isinstance(item, Tensor) and item.is_floating_point() for item in batch):
-            return batch
+        """Every sample mixed with another of the batch."""
         count = len(batch[0])
         share = torch.rand(count, generator=generator)
         partner = torch.randperm(count, generator=generator)
