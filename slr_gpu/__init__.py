@@ -5,6 +5,7 @@ from .compress import apply, compress
 from .decomposition import Decomposition, Status, Structure
 from .errors import BackendError, BudgetError, InputError, ModelError, SLRError
 from .fit import fit
+from .latency import LatencyTarget
 from .layer_budget import LayerBudget
 from .layer_io import LayerIO
 from .plan import Plan
@@ -33,6 +34,7 @@ __all__ = [
     "Decomposition",
     "Grebsmo",
     "InputError",
+    "LatencyTarget",
     "LayerBudget",
     "LayerIO",
     "Magnitude",

@@ -68,7 +68,8 @@ class LayerAnalysis:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> LayerAnalysis:
-        cost = {**value["cost"], "kernel_size": tuple(value["cost"]["kernel_size"])}
+        cost = dict(value["cost"])
+        cost.update({name: tuple(cost[name]) for name in ("kernel_size", "seconds")})
         points = [
             Point(Structure(form, s, k, r), error) for form, r, s, k, error in value["points"]
         ]
@@ -125,6 +126,8 @@ class Analysis:
         The most informed allocation that it can serve; see `ALLOCATIONS`.
     loss : str
         What `effects` are: ``"kl"``, ``"mse"`` or ``"eval_fn"``.
+    latency : dict
+        Where seconds were measured; empty if they were not.
     """
 
     settings: dict[str, Any]
@@ -133,6 +136,7 @@ class Analysis:
     overrides: dict[str, float] = field(default_factory=dict)
     measured: str = "output"
     loss: str = ""
+    latency: dict[str, Any] = field(default_factory=dict)
 
     def allocate(self, keep: dict[str, float], allocation: str | None = None) -> Plan:
         """Spend a budget.
@@ -158,6 +162,22 @@ class Analysis:
         keep = check_keep(keep)
         allocation = check_allocation(allocation or self.measured)
         costs = [layer.cost for layer in self.layers]
+        if "latency" in keep and not self.latency:
+            raise InputError(
+                complain(
+                    "a latency budget for an analysis without seconds",
+                    "one made with latency=LatencyTarget(...)",
+                    "Analyze again with it.",
+                )
+            )
+        if "latency" in keep and allocation in ("uniform", "pca_energy"):
+            raise InputError(
+                complain(
+                    f"a latency budget with allocation={allocation!r}",
+                    "output or response",
+                    "Seconds are not proportional to weights.",
+                )
+            )
         if allocation == "uniform":
             budgets = uniform(keep, costs, self.overrides, self.totals)
         elif allocation == "pca_energy":
@@ -271,6 +291,7 @@ class Analysis:
             "loss": self.loss,
             "totals": self.totals,
             "overrides": self.overrides,
+            "latency": self.latency,
             "settings": self.settings,
             "layers": [layer.as_dict() for layer in self.layers],
         }

@@ -5,6 +5,7 @@ compressed may cost together. This is the one place that knows the resources:
 
     params    stored weights; biases and whatever stays dense are paid first
     flops     multiply-adds of one sample
+    latency   seconds of one call in a runtime on this machine, see `slr_gpu.latency`
 
 `slr_gpu.shares` and `slr_gpu.analysis` hand the budget out to the layers.
 """
@@ -18,7 +19,7 @@ from .decomposition import Structure, is_separable
 from .errors import BudgetError, InputError, complain
 from .layer_budget import LayerBudget, Limit
 
-RESOURCES = ("params", "flops")
+RESOURCES = ("params", "flops", "latency")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LayerCost:
     spatial_positions : int, optional
         Positions after the first axis of the kernel is worked on and the others not; by default
         the input's.
+    seconds : tuple of float
+        Of the dense layer, then of each of its `parts`; empty if not measured.
     """
 
     name: str
@@ -45,13 +48,16 @@ class LayerCost:
     input_positions: int
     kernel_size: tuple[int, ...] = ()
     spatial_positions: int | None = None
+    seconds: tuple[float, ...] = ()
 
     @property
     def weights(self) -> int:
         return self.n * self.channels * self.taps
 
     def dense(self, resource: str) -> float:
-        """Weights, or multiply-adds per sample."""
+        """Weights, multiply-adds per sample, or seconds."""
+        if resource == "latency":
+            return self._measured()[0]
         return self.weights * (1 if resource == "params" else self.output_positions)
 
     def basis_weight(self, resource: str) -> float:
@@ -74,12 +80,51 @@ class LayerCost:
         return LayerBudget(self.n, self.channels, self.taps, limits, multiple, self.kernel_size)
 
     def cost(self, structure: Structure | None, resource: str) -> float:
-        """Weights, or multiply-adds per sample, of a structure; None stands for dense."""
+        """Weights, multiply-adds per sample, or seconds of a structure; None stands for dense."""
         if structure is None:
             return self.dense(resource)
+        if resource == "latency":
+            dense, *coefficients = self._measured()
+            parts = self.parts(structure)
+            # A layer that is slower than dense is deployed multiplied out.
+            return min(dense, sum(c * x for c, x in zip(coefficients, parts, strict=True)))
         budget = self.budget({resource: 0.0})
         cost = budget.cost(structure, budget.limits[0])
         return cost * (1 if resource == "params" else self.output_positions)
+
+    def parts(self, structure: Structure) -> tuple[float, ...]:
+        """What the seconds of a structure are linear in, per sample.
+
+        Millions of multiply-adds of the basis, V, U and A, millions of values handed on between
+        them, whether there are two parts to add, and one.
+        """
+        budget = self.budget({})
+        channels, taps = budget.shape(structure.form)
+        r, s, k = structure.r, structure.s, structure.k
+        width = (channels if r is None else r) * taps
+        kept = s * (1 if structure.form == "columns" else taps)
+        spatial = structure.form == "spatial"
+        before = (self.spatial_positions if spatial else None) or self.input_positions
+        whole_kernel = structure.form == "columns" and taps > 1
+        parts = (
+            0 if r is None else r * channels * before,
+            k * (width - (0 if whole_kernel else kept)) * self.output_positions,
+            self.n * k * self.output_positions,
+            self.n * kept * self.output_positions,
+            (r or 0) * before + k * self.output_positions,
+        )
+        return (*(part / 1e6 for part in parts), float(s > 0 and k > 0), 1.0)
+
+    def _measured(self) -> tuple[float, ...]:
+        if not self.seconds:
+            raise InputError(
+                complain(
+                    f"a latency budget, but no seconds of layer {self.name!r}",
+                    "an analysis with latency=LatencyTarget(...)",
+                    "Analyze again with it.",
+                )
+            )
+        return self.seconds
 
     def smallest(self, resource: str, form: str = "auto") -> float:
         """The cost of the cheapest structure."""

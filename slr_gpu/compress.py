@@ -25,6 +25,7 @@ from .decomposition import Decomposition, Structure
 from .errors import InputError, complain
 from .fit import fit
 from .graph import LayerSite, set_module
+from .latency import LatencyTarget, add_latency, allocate_measured, measured_latency
 from .layer_io import LayerIO
 from .plan import LayerPlan, Plan
 from .prepare import Prepared, Settings, count_flops
@@ -32,6 +33,7 @@ from .progress import progress_bar
 from .refine import Refinement, refine_model
 from .report import LayerReport, Report
 from .result import Result
+from .runtime.layer_timing import check_runtime
 from .sensitivity import measure
 from .shares import uniform
 from .solvers import Solver
@@ -58,6 +60,7 @@ def compress(
     seed: int = 0,
     loss: str = "auto",
     eval_fn: Callable[[nn.Module], float] | None = None,
+    latency: LatencyTarget | None = None,
     refine: bool | Refinement = False,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -73,8 +76,8 @@ def compress(
     calibration_data : tensor, array or iterable of batches
         See `slr_gpu.capture.as_batches`. Labels are not used.
     keep : dict
-        Fractions of the whole model to keep: ``{"params": 0.25}``, ``{"flops": 0.25}`` or both,
-        and then both hold.
+        Fractions of the whole model to keep: ``{"params": 0.25}``, ``{"flops": 0.25}``,
+        ``{"latency": 0.25}`` or several of them, and then all hold.
     form, solver, objective, held_out, ridge, device
         See `slr_gpu.fit`.
     asymmetric : bool
@@ -100,6 +103,8 @@ def compress(
         Of the choice of rows.
     loss, eval_fn
         How outputs are judged; see `slr_gpu.analyze`.
+    latency : LatencyTarget, optional
+        Where a latency budget holds: by default in ONNX Runtime on one thread, batch of one.
     refine : bool or Refinement
         After the layers, train all of them together towards the original's outputs; kept if the
         loss on held-out samples falls.
@@ -145,6 +150,9 @@ def compress(
         allocation = "output" if settings.solver.takes_structures else "uniform"
     check_allocation(allocation)
     refinement = Refinement.of(refine)
+    if "latency" in keep:
+        latency = latency or LatencyTarget()
+        check_runtime(latency.runtime)
     prepared = Prepared(model, calibration_data, settings, device)
     _check_reachable(prepared, keep, allocation)
     facts = {
@@ -152,13 +160,27 @@ def compress(
         "allocation": allocation,
         "loss": loss,
         "eval_fn": eval_fn is not None,
+        "latency": None if latency is None else latency.as_dict(),
         "refine": None if refinement is None else refinement.as_dict(),
     }
     store = _open(prepared, checkpoint, facts, resume)
-    part = None if store is None else store.part("analysis")
-    analysis = measure(prepared, allocation, loss, eval_fn, part, progress)
-    plan = analysis.allocate(keep)
+    done = None if store is None else store.load_json("plan")
+    if done is None:
+        part = None if store is None else store.part("analysis")
+        analysis = measure(prepared, allocation, loss, eval_fn, part, progress)
+        if "latency" in keep:
+            add_latency(prepared, analysis, latency)
+            plan = allocate_measured(prepared, analysis, keep, latency)[0]
+        else:
+            plan = analysis.allocate(keep)
+        if store is not None:
+            store.save_json("plan", plan.as_dict())
+    else:
+        plan = Plan.from_dict(done)
     result = _apply(prepared, plan, loss, refinement, store, progress)
+    if latency is not None:
+        result.report.latency = measured_latency(prepared, result.model, latency)
+        result.report.latency["predicted"] = plan.achieved.get("latency")
     result.report.seconds = time.perf_counter() - began
     return result
 
@@ -224,10 +246,11 @@ def _open(
 def _check_reachable(prepared: Prepared, keep: dict[str, float], allocation: str) -> None:
     """Refuse what cannot be met before anything is measured."""
     costs = list(prepared.costs.values())
-    if allocation in ("uniform", "pca_energy"):
+    if allocation in ("uniform", "pca_energy") and "latency" not in keep:
         fractions = {n: o["keep"] for n, o in prepared.options.items() if "keep" in o}
         uniform(keep, costs, fractions, prepared.totals)
         return
+    keep = {name: fraction for name, fraction in keep.items() if name in prepared.totals}
     smallest = {
         resource: sum(cost.smallest(resource, prepared.form(cost.name)) for cost in costs)
         for resource in keep

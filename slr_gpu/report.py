@@ -79,6 +79,9 @@ class Report:
     layers : list of LayerReport
         In the order of execution.
     settings : dict
+    latency : dict
+        Seconds of the original and of the compressed model, their ratio and the predicted one,
+        where a latency was asked.
     refinement : dict
         Losses on held-out samples before and after it, and whether it was kept; empty without one.
     """
@@ -91,6 +94,7 @@ class Report:
     seconds: float
     layers: list[LayerReport]
     settings: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] = field(default_factory=dict)
     refinement: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -167,6 +171,13 @@ class Report:
             )
         skipped = sum(layer.flops for layer in self.layers if not layer.compressed)
         lines.append(f"FLOPs in layers left dense: {skipped / max(self.flops, 1):.2%}")
+        if self.latency:
+            asked = self.asked.get("latency")
+            lines.append(
+                f"latency: {1e3 * self.latency['dense_s']:.3g} ms ->"
+                f" {1e3 * self.latency['compressed_s']:.3g} ms, kept {self.latency['ratio']:.2%}"
+                + ("" if asked is None else f" (asked {asked:.2%})")
+            )
         if self.refinement:
             r = self.refinement
             lines.append(

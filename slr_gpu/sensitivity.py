@@ -22,6 +22,7 @@ from .checkpoint import Store, fingerprint
 from .errors import InputError, complain
 from .graph import set_module
 from .knapsack import undominated
+from .latency import LatencyTarget, add_latency
 from .output_loss import choose_loss, mean_loss
 from .prepare import Prepared, Settings
 from .problem import ResponseProblem
@@ -44,6 +45,7 @@ def analyze(
     allocation: str = "output",
     loss: str = "auto",
     eval_fn: Callable[[nn.Module], float] | None = None,
+    latency: LatencyTarget | None = None,
     cache: str | Path | None = None,
     device: str = "cpu",
     progress: bool = True,
@@ -61,6 +63,8 @@ def analyze(
         How outputs are compared; see `slr_gpu.output_loss`.
     eval_fn : callable, optional
         ``eval_fn(model) -> float``, higher is better: measured instead of `loss`.
+    latency : LatencyTarget, optional
+        Also time layers there, so that plans can be made for latency budgets.
     cache : path, optional
         Folder in which finished layers wait; the same model, data and settings are not measured
         again.
@@ -87,7 +91,10 @@ def analyze(
     if cache is not None:
         facts = {"allocation": allocation, "loss": loss, "eval_fn": eval_fn is not None}
         store = Store.named(cache, fingerprint(prepared) | facts)
-    return measure(prepared, allocation, loss, eval_fn, store, progress)
+    analysis = measure(prepared, allocation, loss, eval_fn, store, progress)
+    if latency is not None:
+        add_latency(prepared, analysis, latency)
+    return analysis
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Checkpoints: a killed run goes on to the same bits, another run's are refused, files are whole."""
+"""Checkpoints: a killed run goes on to the same bits, another run is refused, files are whole."""
 
 from __future__ import annotations
 

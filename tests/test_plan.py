@@ -1,4 +1,4 @@
-"""Analysis and plans: effects against brute force, budgets met, files checked, edits carried out."""
+"""Analysis and plans: effects against brute force, budgets met, edits carried out or refused."""
 
 from __future__ import annotations
 
@@ -248,7 +248,9 @@ def test_edits_are_carried_out(model, data, analysis, tmp_path):
     # The plan of the result is a plan again, and with it the model is loaded.
     result.save(tmp_path / "out")
     assert same(slr_gpu.load(tmp_path / "out", Network), result.model)
-    again = slr_gpu.apply(model, data, slr_gpu.Plan.load(tmp_path / "out/plan.json"), progress=False)
+    again = slr_gpu.apply(
+        model, data, slr_gpu.Plan.load(tmp_path / "out/plan.json"), progress=False
+    )
     assert same(again.model, result.model)
 
 
@@ -270,7 +272,10 @@ def test_edits_are_carried_out(model, data, analysis, tmp_path):
         (lambda p: p["layers"][0].update(form="rotated", r=1, s=0, k=10), r"k=10.*\[0, 9\]"),
         (lambda p: p["layers"][0].update(form="columns", r=3, s=4, k=2), "r with rotated"),
         (lambda p: p["layers"][0].update(name="stem", form="columns", s=1, k=1), "first layer"),
-        (lambda p: p["layers"][0].update(name="nothing", form="columns", s=1, k=1), "no such layer"),
+        (
+            lambda p: p["layers"][0].update(name="nothing", form="columns", s=1, k=1),
+            "no such layer",
+        ),
         (lambda p: p["settings"].update(sample=3), "settings that do not work"),
         (lambda p: p["settings"].update(solver={"name": "magic"}), "settings that do not work"),
     ],
@@ -324,7 +329,10 @@ def test_command_line(tmp_path, monkeypatch):
         return done.output
 
     run("analyze", *inputs, "--out", "measured", "--keep", "flops=0.6", "--samples", "700")
-    assert sorted(p.name for p in (tmp_path / "measured").iterdir()) == ["analysis.json", "plan.json"]
+    assert sorted(p.name for p in (tmp_path / "measured").iterdir()) == [
+        "analysis.json",
+        "plan.json",
+    ]
     shown = run("allocate", "measured/analysis.json", "--keep", "flops=0.4", "--out", "p.json",
                 "--picture", "p.svg")  # fmt: skip
     assert "predicted of the whole model" in shown and (tmp_path / "p.svg").exists()
