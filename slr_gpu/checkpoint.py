@@ -26,6 +26,7 @@ from .prepare import Prepared
 from .storage import load_arrays, load_json, save_arrays, save_json
 
 _FACTS = "fingerprint.json"
+_HASHED = ("model", "calibration data")
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:
@@ -169,14 +170,13 @@ class Store:
         return made
 
 
-def _changes(before: Any, now: dict[str, Any]) -> list[str]:
-    if not isinstance(before, dict):
-        return ["its fingerprint is broken"]
-    changed = []
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if old != new:
-            values = f"{name} was {old!r}, now {new!r}"
-            whole = len(values) <= 200 and name not in ("model", "calibration data")
-            changed.append(values if whole else f"{name} differs")
-    return changed
+def _changes(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between facts, by name; only values that a reader can tell apart are shown."""
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted({*before, *now})
+        prefix = f"{name}." if name else ""
+        return [c for n in names for c in _changes(before.get(n), now.get(n), prefix + n)]
+    values = f"{name} was {before!r}, now {now!r}"
+    return [values if len(values) <= 200 and name not in _HASHED else f"{name} differs"]
