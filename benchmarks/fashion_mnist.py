@@ -1,7 +1,7 @@
 """VGG-16 on Fashion-MNIST: accuracy after compression with unlabelled calibration images only.
 
 In: a checkpoint (made by `benchmarks.train_fashion_mnist`) and the data set. Out: for each budget
-the test accuracy before and after, agreement, KL divergence, wall time and peak memory, as a table
+and allocation the test accuracy before and after, agreement, KL divergence, wall time and peak memory, as a table
 and as JSON. Test images are used for nothing else.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import resource
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,19 +22,45 @@ from rich.table import Table
 import slr_gpu
 from benchmarks.data import calibration_images, compare, fashion_mnist, predict, to_inputs
 from benchmarks.models import load_weights, vgg16
+from slr_gpu.cli_inputs import parse_keep
 
 app = typer.Typer(add_completion=False)
+
+# The budgets of the issue "a budget for the whole model", and what they may cost in points.
+TARGETS = {"flops=0.25": 0.10, "flops=0.1": 0.35, "flops=0.05": 0.80, "params=0.067": 0.10}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One compression and what came of it; the fields of a line of the JSON file."""
+
+    keep: dict[str, float]
+    allocation: str
+    refined: bool
+    achieved: dict[str, float]
+    accuracy_before: float
+    accuracy_after: float
+    drop_points: float
+    agreement: float
+    kl: float
+    seconds: float
+    peak_gib: float
+    refinement: dict[str, Any]
 
 
 @app.command()
 def main(
     weights: Annotated[Path, typer.Option(help="Checkpoint of the VGG-16.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the IDX files.")] = None,
-    keep: Annotated[list[float], typer.Option(help="Fractions of params and FLOPs.")] = [
-        0.25,
-        0.10,
-        0.05,
-    ],
+    keep: Annotated[
+        list[str], typer.Option(help="flops=0.25, or 0.25 for parameters and FLOPs alike.")
+    ] = list(TARGETS),
+    allocation: Annotated[
+        list[str], typer.Option(help="uniform, pca_energy, response or output; repeat to compare.")
+    ] = ["output"],
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Then train all layers together.")
+    ] = False,
     images: Annotated[int, typer.Option(help="Calibration images.")] = 3000,
     samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
     form: Annotated[str, typer.Option(help="Form of the layers.")] = "auto",
@@ -41,83 +68,105 @@ def main(
     symmetric: Annotated[bool, typer.Option(help="Inputs from the original network.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     test_images: Annotated[int, typer.Option(help="Test images, the first so many.")] = 10_000,
+    save: Annotated[Path | None, typer.Option(help="Folder for the compressed models.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for the analysis.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the results (JSON).")] = None,
     verbose: Annotated[bool, typer.Option(help="Print the table of layers.")] = False,
 ) -> None:
     """Compress at several budgets and print what it costs in accuracy."""
     torch.set_num_threads(threads)
     console = Console()
+    budgets = [_budget(text) for text in keep]
     train_images, _, test, labels = fashion_mnist(data)
     inputs, labels = to_inputs(test[:test_images]), labels[:test_images]
     calibration = to_inputs(calibration_images(train_images, images, seed))
     model = load_weights(vgg16(), weights)
+    settings = {"form": form, "samples": samples, "asymmetric": not symmetric, "seed": seed}
     logits = predict(model, inputs, batch_size=50)
-    results = []
-    table = Table(title="VGG-16, Fashion-MNIST test set, no labels, no fine-tuning")
+    before = compare(logits, logits, labels)
+    runs: list[Run] = []
+    for name in allocation:
+        began = time.perf_counter()
+        analysis = slr_gpu.analyze(model, calibration, allocation=name, cache=cache, **settings)
+        console.print(f"{name}: analysed in {time.perf_counter() - began:.0f} s")
+        for budget in budgets:
+            began = time.perf_counter()
+            plan = analysis.allocate(budget)
+            result = slr_gpu.apply(model, calibration, plan, refine=refine)
+            seconds = time.perf_counter() - began
+            after = compare(logits, predict(result.model, inputs, batch_size=50), labels)
+            runs.append(
+                Run(
+                    budget,
+                    name,
+                    refine,
+                    result.report.achieved,
+                    before.accuracy,
+                    after.accuracy,
+                    100 * (before.accuracy - after.accuracy),
+                    after.agreement,
+                    after.kl,
+                    seconds,
+                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                    result.report.refinement,
+                )
+            )
+            if verbose:
+                result.report.print(console)
+            if save is not None:
+                result.save(save / f"{name}-{_text(budget)}-seed{seed}")
+            # Written after each: a run that is cut short leaves what it has.
+            if out is not None:
+                facts = {"images": images, "test_images": len(labels), "threads": threads}
+                lines = [asdict(run) | settings | facts for run in runs]
+                out.write_text(json.dumps(lines, indent=2) + "\n")
+            console.print(_table(runs[-1:]))
+    if len(runs) > 1:
+        console.print(_table(runs))
+
+
+def _budget(text: str) -> dict[str, float]:
+    if "=" in text:
+        return parse_keep(text)
+    return {"params": float(text), "flops": float(text)}
+
+
+def _text(budget: dict[str, float]) -> str:
+    return ",".join(f"{name}={fraction:g}" for name, fraction in budget.items())
+
+
+def _table(runs: list[Run]) -> Table:
+    table = Table(title="VGG-16, Fashion-MNIST test set, no labels")
     for title in (
+        "allocation",
         "asked",
         "params",
         "FLOPs",
         "accuracy",
         "drop",
+        "at most",
         "agreement",
         "KL",
         "wall",
         "peak",
     ):
         table.add_column(title, justify="right")
-    for fraction in keep:
-        began = time.perf_counter()
-        result = slr_gpu.compress(
-            model,
-            calibration,
-            {"params": fraction, "flops": fraction},
-            form=form,
-            samples=samples,
-            asymmetric=not symmetric,
-            seed=seed,
-        )
-        seconds = time.perf_counter() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if verbose:
-            result.report.print(console)
-        before = compare(logits, logits, labels)
-        after = compare(logits, predict(result.model, inputs, batch_size=50), labels)
-        achieved = result.report.achieved
-        drop = 100 * (before.accuracy - after.accuracy)
+    for run in runs:
+        asked = _text(run.keep)
         table.add_row(
-            f"{fraction:g}",
-            f"{achieved['params']:.4f}",
-            f"{achieved['flops']:.4f}",
-            f"{before.accuracy:.4f} -> {after.accuracy:.4f}",
-            f"{drop:.2f}",
-            f"{after.agreement:.4f}",
-            f"{after.kl:.5f}",
-            f"{seconds:.0f} s",
-            f"{peak:.1f} GiB",
+            run.allocation + (", refined" if run.refined else ""),
+            asked,
+            f"{run.achieved['params']:.4f}",
+            f"{run.achieved['flops']:.4f}",
+            f"{run.accuracy_before:.4f} -> {run.accuracy_after:.4f}",
+            f"{run.drop_points:.2f}",
+            f"{TARGETS[asked]:.2f}" if asked in TARGETS else "",
+            f"{run.agreement:.4f}",
+            f"{run.kl:.5f}",
+            f"{run.seconds:.0f} s",
+            f"{run.peak_gib:.1f} GiB",
         )
-        results.append(
-            {
-                "keep": fraction,
-                "achieved": achieved,
-                "accuracy_before": before.accuracy,
-                "accuracy_after": after.accuracy,
-                "drop_points": drop,
-                "agreement": after.agreement,
-                "kl": after.kl,
-                "seconds": seconds,
-                "peak_gib": peak,
-                "images": images,
-                "test_images": len(labels),
-                "form": form,
-                "seed": seed,
-                "asymmetric": not symmetric,
-                "threads": threads,
-            }
-        )
-    console.print(table)
-    if out is not None:
-        out.write_text(json.dumps(results, indent=2) + "\n")
+    return table
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def test_compress_against_plain_torch(benchmark, device):
             overrides={name: {"keep": 0.25} for name in names},
             ignore=dense,
             keep_ends=True,
+            allocation="uniform",
             form="rotated",
             solver=solver,
             ridge=RIDGE,

@@ -185,6 +185,7 @@ class VGG:
                 solver=solver,
                 form=form,
                 asymmetric=asymmetric,
+                allocation="uniform",
                 samples=self.setting.samples,
                 seed=self.setting.seed,
                 batch_size=BATCH,

@@ -1,13 +1,18 @@
 """Column-sparse plus low-rank compression of trained networks. See README.md."""
 
-from .compress import compress
+from .analysis import Analysis
+from .compress import apply, compress
 from .decomposition import Decomposition, Status, Structure
 from .errors import BackendError, BudgetError, InputError, ModelError, SLRError
 from .fit import fit
+from .latency import LatencyTarget
 from .layer_budget import LayerBudget
 from .layer_io import LayerIO
+from .plan import Plan
+from .refine import Refinement
 from .result import Result, load
 from .runtime import BenchResult, bench
+from .sensitivity import analyze
 from .solvers import (
     ADMM,
     ChannelPruning,
@@ -21,6 +26,7 @@ from .solvers import (
 
 __all__ = [
     "ADMM",
+    "Analysis",
     "BackendError",
     "BenchResult",
     "BudgetError",
@@ -28,11 +34,14 @@ __all__ = [
     "Decomposition",
     "Grebsmo",
     "InputError",
+    "LatencyTarget",
     "LayerBudget",
     "LayerIO",
     "Magnitude",
     "Majorize",
     "ModelError",
+    "Plan",
+    "Refinement",
     "Result",
     "SLRError",
     "Status",
@@ -40,6 +49,8 @@ __all__ = [
     "WeightSVD",
     "WhitenedSVD",
     "Zhang",
+    "analyze",
+    "apply",
     "bench",
     "compress",
     "fit",

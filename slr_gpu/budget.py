@@ -1,30 +1,25 @@
-"""From one number for the whole model to a budget for each layer.
+"""What a model costs, what its layers cost in every form, and what a request leaves for them.
 
-In: what every layer costs and which of them may be compressed. Out: a `LayerBudget` a layer, so
-that the total, layers that stay dense included, is what was asked. `uniform` gives every layer
-the same fraction. `pca_energy` selects ranks k_l (Zhang et al. 2015, section 3.4): with e_la the
-eigenvalues of the covariance of layer l's responses before the activation,
+In: shapes of layers, `keep` as asked. Out: costs by resource, and what all layers that are
+compressed may cost together. This is the one place that knows the resources:
 
-    maximise  prod_l sum_{a <= k_l} e_la   subject to   sum_l cost_l(k_l) <= budget,
+    params    stored weights; biases and whatever stays dense are paid first
+    flops     multiply-adds of one sample
+    latency   seconds of one call in a runtime on this machine, see `slr_gpu.latency`
 
-greedily. A layer's budget is the cost of its low-rank form, whichever form it then takes.
+`slr_gpu.shares` and `slr_gpu.analysis` hand the budget out to the layers.
 """
 
 from __future__ import annotations
 
-import heapq
 import numbers
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
+from .decomposition import Structure, is_separable
 from .errors import BudgetError, InputError, complain
 from .layer_budget import LayerBudget, Limit
-from .ops import NumpyOps
 
-RESOURCES = ("params", "flops")
-ALLOCATIONS = ("uniform", "pca_energy")
+RESOURCES = ("params", "flops", "latency")
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,8 @@ class LayerCost:
     spatial_positions : int, optional
         Positions after the first axis of the kernel is worked on and the others not; by default
         the input's.
+    seconds : tuple of float
+        Of the dense layer, then of each of its `parts`; empty if not measured.
     """
 
     name: str
@@ -51,13 +48,16 @@ class LayerCost:
     input_positions: int
     kernel_size: tuple[int, ...] = ()
     spatial_positions: int | None = None
+    seconds: tuple[float, ...] = ()
 
     @property
     def weights(self) -> int:
         return self.n * self.channels * self.taps
 
     def dense(self, resource: str) -> float:
-        """Weights, or multiply-adds per sample."""
+        """Weights, multiply-adds per sample, or seconds."""
+        if resource == "latency":
+            return self._measured()[0]
         return self.weights * (1 if resource == "params" else self.output_positions)
 
     def basis_weight(self, resource: str) -> float:
@@ -73,6 +73,69 @@ class LayerCost:
             full_kernel=flops,
             spatial_weight=positions / self.output_positions if flops else 1.0,
         )
+
+    def budget(self, weights: dict[str, float], multiple: int = 1) -> LayerBudget:
+        """The budget of so many weights by resource, as `limit` counts them."""
+        limits = tuple(self.limit(resource, value) for resource, value in weights.items())
+        return LayerBudget(self.n, self.channels, self.taps, limits, multiple, self.kernel_size)
+
+    def cost(self, structure: Structure | None, resource: str) -> float:
+        """Weights, multiply-adds per sample, or seconds of a structure; None stands for dense."""
+        if structure is None:
+            return self.dense(resource)
+        if resource == "latency":
+            dense, *coefficients = self._measured()
+            parts = self.parts(structure)
+            # A layer that is slower than dense is deployed multiplied out.
+            return min(dense, sum(c * x for c, x in zip(coefficients, parts, strict=True)))
+        budget = self.budget({resource: 0.0})
+        cost = budget.cost(structure, budget.limits[0])
+        return cost * (1 if resource == "params" else self.output_positions)
+
+    def parts(self, structure: Structure) -> tuple[float, ...]:
+        """What the seconds of a structure are linear in, per sample.
+
+        Millions of multiply-adds of the basis, V, U and A, millions of values handed on between
+        them, whether there are two parts to add, and one.
+        """
+        budget = self.budget({})
+        channels, taps = budget.shape(structure.form)
+        r, s, k = structure.r, structure.s, structure.k
+        width = (channels if r is None else r) * taps
+        kept = s * (1 if structure.form == "columns" else taps)
+        spatial = structure.form == "spatial"
+        before = (self.spatial_positions if spatial else None) or self.input_positions
+        whole_kernel = structure.form == "columns" and taps > 1
+        parts = (
+            0 if r is None else r * channels * before,
+            k * (width - (0 if whole_kernel else kept)) * self.output_positions,
+            self.n * k * self.output_positions,
+            self.n * kept * self.output_positions,
+            (r or 0) * before + k * self.output_positions,
+        )
+        return (*(part / 1e6 for part in parts), float(s > 0 and k > 0), 1.0)
+
+    def _measured(self) -> tuple[float, ...]:
+        if not self.seconds:
+            raise InputError(
+                complain(
+                    f"a latency budget, but no seconds of layer {self.name!r}",
+                    "an analysis with latency=LatencyTarget(...)",
+                    "Analyze again with it.",
+                )
+            )
+        return self.seconds
+
+    def smallest(self, resource: str, form: str = "auto") -> float:
+        """The cost of the cheapest structure."""
+        structures = [Structure("columns", 0, 1), Structure("columns", 1, 0)]
+        if form == "channels":
+            structures = [Structure("channels", 0, 1), Structure("channels", 1, 0)]
+        if form in ("auto", "rotated") and self.taps > 1:
+            structures.append(Structure("rotated", 0, 1, 1))
+        if form == "spatial" and is_separable(self.kernel_size):
+            structures.append(Structure("spatial", 0, 1, 1))
+        return min(self.cost(structure, resource) for structure in structures)
 
     def low_rank(self, k: int) -> int:
         """Weights of U V of rank k, at most those of the dense layer."""
@@ -107,200 +170,57 @@ def check_keep(keep: object) -> dict[str, float]:
     return {resource: float(fraction) for resource, fraction in keep.items()}
 
 
-def uniform(
-    keep: dict[str, float],
-    layers: list[LayerCost],
-    overrides: dict[str, float],
-    totals: dict[str, float],
-    multiple: int = 1,
-) -> dict[str, LayerBudget]:
-    """The same fraction for every layer, so that the total is what was asked.
+def remaining(
+    keep: dict[str, float], layers: list[LayerCost], totals: dict[str, float]
+) -> dict[str, float]:
+    """What all of these layers may cost together, by resource; what stays dense is paid.
 
     Parameters
     ----------
     keep : dict of str to float
-        Fractions of the whole model, all of which must hold.
+        Fractions of the whole model.
     layers : list of LayerCost
-        Those that are compressed. All else (layers left dense, biases, norms) is paid first.
-    overrides : dict of str to float
-        Fractions that the user set for single layers.
+        Those that are compressed.
     totals : dict of str to float
-        Parameters, and multiply-adds per sample, of the whole dense model.
-
-    Raises
-    ------
-    BudgetError
-        When even the smallest decompositions are over the budget; the message names the
-        smallest fraction that can be had.
+        Cost of the whole dense model.
     """
-    limits: dict[str, list[Limit]] = {layer.name: [] for layer in layers}
-    for resource in keep:
-        floors = {layer.name: overrides.get(layer.name, _smallest(layer)) for layer in layers}
-        available = _available(keep, resource, layers, floors, totals)
-        share = _water_level(available, layers, floors, overrides, resource)
-        for layer in layers:
-            kept = overrides.get(layer.name, max(share, floors[layer.name]))
-            limits[layer.name].append(layer.limit(resource, min(kept, 1.0) * layer.weights))
-    return _budgets(layers, limits, multiple)
-
-
-def pca_energy(
-    keep: dict[str, float],
-    layers: list[LayerCost],
-    overrides: dict[str, float],
-    totals: dict[str, float],
-    multiple: int = 1,
-    *,
-    energies: dict[str, Any],
-) -> dict[str, LayerBudget]:
-    """The ranks that keep the most PCA energy, greedily, each as the budget of its layer.
-
-    From the largest rank that is no dearer than the dense layer, the rank with the smallest
-    (relative loss of energy) / (cost saved) goes first, until the total is what was asked.
-
-    Parameters
-    ----------
-    keep, layers, overrides, totals, multiple
-        See `uniform`.
-    energies : dict of str to array, (n,)
-        Eigenvalues of the covariance of every layer's responses before the activation,
-        descending; see `pca_energies`.
-
-    Raises
-    ------
-    BudgetError
-        See `uniform`.
-
-    References
-    ----------
-    Zhang, Zou, He, Sun 2015, arXiv 1505.06798, section 3.4.
-    """
-    limits: dict[str, list[Limit]] = {layer.name: [] for layer in layers}
-    free = [layer for layer in layers if layer.name not in overrides]
-    for resource in keep:
-        floors = {layer.name: overrides.get(layer.name, _smallest(layer)) for layer in layers}
-        available = _available(keep, resource, layers, floors, totals)
-        for layer in layers:
-            available -= overrides.get(layer.name, 0.0) * layer.dense(resource)
-        ranks = select_ranks(free, energies, available, resource)
-        for layer in layers:
-            fixed = overrides.get(layer.name)
-            rank = ranks.get(layer.name)
-            weights = layer.low_rank(rank) if fixed is None else min(fixed, 1.0) * layer.weights
-            limits[layer.name].append(layer.limit(resource, weights))
-    return _budgets(layers, limits, multiple)
-
-
-def select_ranks(
-    layers: list[LayerCost], energies: dict[str, Any], available: float, resource: str
-) -> dict[str, int]:
-    """Ranks within a total cost, at least 1 each; see `pca_energy`.
-
-    Parameters
-    ----------
-    available : float
-        Parameters, or multiply-adds per sample, for all of these layers.
-    """
-    ranks, positions, queue = {}, {}, []
-
-    def cost(layer: LayerCost, k: int) -> float:
-        return layer.low_rank(k) * positions[layer.name]
-
-    def offer(number: int) -> None:
-        """Put the layer's last rank up for removal."""
-        layer = layers[number]
-        k = ranks[layer.name]
-        if k > 1:
-            kept = np.asarray(energies[layer.name], dtype=float)[:k].clip(min=0)
-            loss = kept[-1] / max(kept.sum(), 1e-30)
-            saved = cost(layer, k) - cost(layer, k - 1)
-            heapq.heappush(queue, (loss / saved, number))
-
-    total = 0.0
-    for number, layer in enumerate(layers):
-        positions[layer.name] = layer.dense(resource) / layer.weights
-        largest = layer.weights // (layer.n + layer.channels * layer.taps)
-        ranks[layer.name] = max(1, min(largest, len(energies[layer.name])))
-        total += cost(layer, ranks[layer.name])
-        offer(number)
-    while total > available and queue:
-        number = heapq.heappop(queue)[1]
-        layer = layers[number]
-        k = ranks[layer.name]
-        total -= cost(layer, k) - cost(layer, k - 1)
-        ranks[layer.name] = k - 1
-        offer(number)
-    return ranks
-
-
-def pca_energies(responses: Any) -> np.ndarray:
-    """Eigenvalues (n,) of the covariance of responses (P, n) on any device, descending."""
-    responses = NumpyOps().asarray(responses)
-    centred = responses - responses.mean(axis=0, dtype=np.float64).astype(responses.dtype)
-    gram = (centred.T @ centred).astype(np.float64)
-    return np.linalg.eigvalsh(gram / len(responses))[::-1].clip(min=0)
-
-
-def _available(
-    keep: dict[str, float],
-    resource: str,
-    layers: list[LayerCost],
-    floors: dict[str, float],
-    totals: dict[str, float],
-) -> float:
-    """What all of these layers may cost; BudgetError when their floors are over it."""
-    total = totals[resource]
-    fixed = total - sum(layer.dense(resource) for layer in layers)
-    available = keep[resource] * total - fixed
-    smallest = sum(floors[layer.name] * layer.dense(resource) for layer in layers)
-    if smallest > available:
-        raise BudgetError(
-            complain(
-                f"keep={{{resource!r}: {keep[resource]:g}}}",
-                f"at least {(fixed + smallest) / total:.4f} for this model, of which what"
-                f" stays dense takes {fixed / total:.4f}",
-                "Raise it, or leave fewer layers dense (keep_ends, ignore, overrides).",
-            )
-        )
-    return available
-
-
-def _budgets(
-    layers: list[LayerCost], limits: dict[str, list[Limit]], multiple: int
-) -> dict[str, LayerBudget]:
     return {
-        layer.name: LayerBudget(
-            layer.n,
-            layer.channels,
-            layer.taps,
-            tuple(limits[layer.name]),
-            multiple,
-            layer.kernel_size,
-        )
-        for layer in layers
+        resource: fraction * totals[resource] - fixed(resource, layers, totals)
+        for resource, fraction in keep.items()
     }
 
 
-def _smallest(layer: LayerCost) -> float:
-    """Smallest fraction of a layer that a structure reaches (a rank-one part without a basis)."""
-    return layer.low_rank(1) / layer.weights
+def fixed(resource: str, layers: list[LayerCost], totals: dict[str, float]) -> float:
+    """The cost of all that is not in these layers."""
+    return totals[resource] - sum(layer.dense(resource) for layer in layers)
 
 
-def _water_level(
-    available: float,
+def check_reachable(
+    keep: dict[str, float],
     layers: list[LayerCost],
-    floors: dict[str, float],
-    overrides: dict[str, float],
-    resource: str,
-) -> float:
-    """The common fraction f with ``sum max(f, floor) * dense`` equal to what is available."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        spent = sum(
-            (overrides[layer.name] if layer.name in overrides else max(middle, floors[layer.name]))
-            * layer.dense(resource)
-            for layer in layers
-        )
-        low, high = (middle, high) if spent <= available else (low, middle)
-    return low
+    totals: dict[str, float],
+    smallest: dict[str, float],
+) -> None:
+    """Refuse a budget that even the cheapest structures exceed.
+
+    Parameters
+    ----------
+    smallest : dict of str to float
+        Least cost of all layers together, by resource.
+
+    Raises
+    ------
+    BudgetError
+        Names the smallest fraction that can be had.
+    """
+    for resource, left in remaining(keep, layers, totals).items():
+        if smallest[resource] > left * (1 + 1e-12):
+            total, dense = totals[resource], fixed(resource, layers, totals)
+            raise BudgetError(
+                complain(
+                    f"keep={{{resource!r}: {keep[resource]:g}}}",
+                    f"at least {(dense + smallest[resource]) / total:.4f} for this model, of"
+                    f" which what stays dense takes {dense / total:.4f}",
+                    "Raise it, or leave fewer layers dense (keep_ends, ignore, overrides).",
+                )
+            )

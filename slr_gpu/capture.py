@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from .adapters import adapter_for
 from .errors import InputError, ModelError, complain
-from .graph import LayerSite, hooks
+from .graph import LayerSite, hooks, set_module
 from .layer_io import LayerIO
 from .ops import NumpyOps
 
@@ -288,6 +288,10 @@ def _stays(
     return ops.memory.fits(4 * sampler.rows * sum(widths))
 
 
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class Frontier:
     """Inputs of one layer after another in a model whose earlier layers may have been replaced.
 
@@ -349,6 +353,40 @@ class Frontier:
             node = self._nodes[target]
             source = node.args[0] if node.args else next(iter(node.kwargs.values()))
             yield number, interpreter.env[source]
+
+    def outputs(self, name: str, module: nn.Module) -> Iterator[Any]:
+        """What the model returns for every batch with a module in the place of a layer.
+
+        Parameters
+        ----------
+        name : str
+            The layer whose inputs were asked for last; the model itself is not changed.
+        """
+        if not self.traced:
+            layer = self.model.get_submodule(name)
+            set_module(self.model, name, module)
+            try:
+                with torch.no_grad():
+                    for number, batch in enumerate(self.batches):
+                        yield run_model(self.model, batch, number)
+            finally:
+                set_module(self.model, name, layer)
+            return
+        node = self._nodes[self._position]
+        source = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        for interpreter in self._interpreters:
+            kept = interpreter.env
+            # Copies: what follows may write in place, and the batch goes on from here later.
+            interpreter.env = {n: _cloned(value) for n, value in kept.items()}
+            try:
+                with torch.no_grad():
+                    interpreter.env[node] = module(interpreter.env[source])
+                    for index in range(self._position + 1, len(self._nodes) - 1):
+                        self._run(interpreter, index)
+                    result = interpreter.run_node(self._nodes[-1])
+            finally:
+                interpreter.env = kept
+            yield result
 
     def _run(self, interpreter: fx.Interpreter, index: int) -> None:
         node = self._nodes[index]

@@ -1,4 +1,4 @@
-"""The command line: ``slr-gpu demo | compress | bench | doctor``.
+"""The command line: ``slr-gpu demo | compress | analyze | allocate | apply | bench | doctor``.
 
 In: arguments. Out: tables on standard output, files in a folder, exit status 1 with one clear
 message when the input cannot be worked with.
@@ -6,12 +6,9 @@ message when the input cannot be worked with.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,86 +16,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import BackendError, InputError, SLRError, complain
+from .cli_inputs import clear_errors, import_object, load_data, load_model, make_solver, parse_keep
+from .errors import BackendError, InputError, complain
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Compress trained networks to column-sparse plus low-rank layers.",
 )
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn this package's errors into one line and exit status 1."""
-    try:
-        yield
-    except SLRError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
-def _import(reference: str, option: str) -> Any:
-    """The object that ``pkg.module:name`` names."""
-    module_name, _, name = reference.partition(":")
-    if not name:
-        raise InputError(
-            complain(f"{option} {reference!r}", "pkg.module:name", "For example models.vgg:make.")
-        )
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # modules beside the user, as with python -m
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            complain(
-                f"{option} {reference!r}: {error}",
-                "a name that can be imported",
-                "Run from the folder of the module, or install it.",
-            )
-        ) from error
-
-
-def _parse_keep(text: str) -> dict[str, float]:
-    """``flops=0.25,params=0.5`` as a dict."""
-    keep = {}
-    for part in text.split(","):
-        resource, _, fraction = part.partition("=")
-        try:
-            keep[resource.strip()] = float(fraction)
-        except ValueError as error:
-            raise InputError(
-                complain(f"--keep {text!r}", "flops=0.25 or params=0.25", "Join several by commas.")
-            ) from error
-    return keep
-
-
-def _solver(name: str) -> Any:
-    from .solvers import SOLVERS
-
-    if name not in SOLVERS:
-        raise InputError(
-            complain(f"--solver {name}", f"one of {', '.join(SOLVERS)}", "Check the name.")
-        )
-    return SOLVERS[name]()
-
-
-def _load_data(reference: str) -> Any:
-    """Calibration data from a .npy or .npz file or from ``pkg.module:loader``."""
-    import numpy as np
-
-    if not reference.endswith((".npy", ".npz")):
-        loader = _import(reference, "--data")
-        return loader() if callable(loader) else loader
-    try:
-        data = np.load(reference, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            complain(f"--data {reference}: {error}", "a whole .npy or .npz file", "Check the path.")
-        ) from error
-    if reference.endswith(".npz"):
-        data = data[data.files[0]]
-    return data if data.dtype.kind in "iub" else data.astype(np.float32)
 
 
 def _parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
@@ -127,65 +52,68 @@ def _label_models(paths: list[Path]) -> dict[str, list[Path]]:
     }
 
 
-def _load_model(reference: str, weights: Path | None) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    model = _import(reference, "--model")()
-    if weights is not None:
-        try:
-            model.load_state_dict(load_file(weights))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise InputError(
-                complain(
-                    f"--weights {weights}: {error}",
-                    "a safetensors file of this model's state_dict",
-                    "Check the path and the model.",
-                )
-            ) from error
-    return model
+# Options that several commands share.
+_Model = Annotated[str, typer.Option(help="pkg.module:factory that makes the model.")]
+_Data = Annotated[str, typer.Option(help="calib.npy, calib.npz or pkg.module:loader.")]
+_Keep = Annotated[str, typer.Option(help="For example flops=0.25 or flops=0.25,params=0.5.")]
+_Out = Annotated[Path, typer.Option(help="Folder for the result.")]
+_Weights = Annotated[Path | None, typer.Option(help="safetensors file of its weights.")]
+_Form = Annotated[str, typer.Option(help="auto, or a form of the solver.")]
+_Solver = Annotated[str, typer.Option(help="majorize, or one of the rivals.")]
+_Objective = Annotated[str, typer.Option(help="activation or linear.")]
+_Allocation = Annotated[
+    str | None, typer.Option(help="output, response, pca_energy or uniform.", show_default=False)
+]
+_Samples = Annotated[int, typer.Option(help="Input rows sampled a layer.")]
+_Ignore = Annotated[list[str], typer.Option(help="Layers to leave dense.")]
+_KeepEnds = Annotated[bool, typer.Option(help="Leave the first and last layer dense.")]
+_Asymmetric = Annotated[bool, typer.Option(help="Fit on the compressed prefix's inputs.")]
+_Seed = Annotated[int, typer.Option(help="Of the choice of rows.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:<index> or auto.")]
+_Refine = Annotated[bool, typer.Option("--refine", help="Then train all layers together.")]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was cut short.")]
+_Export = Annotated[
+    list[str], typer.Option(help="Also write this .onnx or .pt2 file into the folder.")
+]
+_Runtime = Annotated[
+    str, typer.Option(help="Where exported layers are timed: auto, none or a runtime.")
+]
+_Threads = Annotated[int, typer.Option(help="Of that runtime.")]
+_Picture = Annotated[Path | None, typer.Option(help="Draw the plan: .png, .svg or .pdf.")]
 
 
 @app.command()
 def compress(
-    model: Annotated[str, typer.Option(help="pkg.module:factory that makes the model.")],
-    data: Annotated[str, typer.Option(help="calib.npy, calib.npz or pkg.module:loader.")],
-    keep: Annotated[str, typer.Option(help="For example flops=0.25 or flops=0.25,params=0.5.")],
-    out: Annotated[Path, typer.Option(help="Folder for the result.")],
-    weights: Annotated[Path | None, typer.Option(help="safetensors file of its weights.")] = None,
-    form: Annotated[str, typer.Option(help="auto, or a form of the solver.")] = "auto",
-    solver: Annotated[str, typer.Option(help="majorize, or one of the rivals.")] = "majorize",
-    objective: Annotated[str, typer.Option(help="activation or linear.")] = "activation",
-    allocation: Annotated[str, typer.Option(help="uniform or pca_energy.")] = "uniform",
-    samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
-    ignore: Annotated[list[str], typer.Option(help="Layers to leave dense.")] = [],
-    keep_ends: Annotated[bool, typer.Option(help="Leave the first and last layer dense.")] = True,
-    asymmetric: Annotated[bool, typer.Option(help="Fit on the compressed prefix's inputs.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:<index> or auto.")] = "cpu",
-    export: Annotated[
-        list[str], typer.Option(help="Also write this .onnx or .pt2 file into the folder.")
-    ] = [],
-    runtime: Annotated[
-        str, typer.Option(help="Where exported layers are timed: auto, none or a runtime.")
-    ] = "auto",
-    threads: Annotated[int, typer.Option(help="Of that runtime.")] = 1,
+    model: _Model,
+    data: _Data,
+    keep: _Keep,
+    out: _Out,
+    weights: _Weights = None,
+    form: _Form = "auto",
+    solver: _Solver = "majorize",
+    objective: _Objective = "activation",
+    allocation: _Allocation = None,
+    samples: _Samples = 15_000,
+    ignore: _Ignore = [],
+    keep_ends: _KeepEnds = True,
+    asymmetric: _Asymmetric = True,
+    seed: _Seed = 0,
+    refine: _Refine = False,
+    resume: _Resume = False,
+    device: _Device = "cpu",
+    export: _Export = [],
+    runtime: _Runtime = "auto",
+    threads: _Threads = 1,
 ) -> None:
     """Compress a model on unlabelled calibration data."""
-    with _clear_errors():
+    with clear_errors():
         from .compress import compress as run
-        from .export import check_target
-        from .runtime.layer_timing import check_runtime
 
-        if runtime not in ("auto", "none"):
-            check_runtime(runtime)
-
-        for name in export:
-            check_target(name)
-        budget, chosen = _parse_keep(keep), _solver(solver)
+        _check_export(export, runtime)
+        budget, chosen = parse_keep(keep), make_solver(solver)
         result = run(
-            _load_model(model, weights),
-            _load_data(data),
+            load_model(model, weights),
+            load_data(data),
             budget,
             form=form,
             solver=chosen,
@@ -196,18 +124,145 @@ def compress(
             keep_ends=keep_ends,
             asymmetric=asymmetric,
             seed=seed,
+            refine=refine,
+            checkpoint=out / _CHECKPOINT,
+            resume=resume,
             device=device,
         )
-        result.save(out)
-        result.report.print()
-        Console().print(f"written to {out}: model.safetensors, plan.json, report.json")
-        for name in export:
-            chosen_runtime = None if runtime == "none" else runtime
-            exported = result.export(out / name, runtime=chosen_runtime, threads=threads)
-            Console().print(exported.table())
-            Console().print(f"written to {out}: {name}, relative error {exported.error:.1e}")
-        if export:
-            result.save_report(out)  # once more, with the graphs that were chosen
+        _write(result, out, export, runtime, threads)
+
+
+@app.command()
+def analyze(
+    model: _Model,
+    data: _Data,
+    out: _Out,
+    keep: Annotated[str | None, typer.Option(help="Also write a plan for this budget.")] = None,
+    weights: _Weights = None,
+    form: _Form = "auto",
+    solver: _Solver = "majorize",
+    objective: _Objective = "activation",
+    allocation: _Allocation = None,
+    samples: _Samples = 15_000,
+    ignore: _Ignore = [],
+    keep_ends: _KeepEnds = True,
+    asymmetric: _Asymmetric = True,
+    seed: _Seed = 0,
+    device: _Device = "cpu",
+    picture: _Picture = None,
+) -> None:
+    """Measure what each layer loses at what cost: analysis.json, and plan.json with --keep."""
+    with clear_errors():
+        from .sensitivity import analyze as run
+
+        budget = None if keep is None else parse_keep(keep)
+        analysis = run(
+            load_model(model, weights),
+            load_data(data),
+            allocation=allocation or "output",
+            form=form,
+            solver=make_solver(solver),
+            objective=objective,
+            samples=samples,
+            ignore=tuple(ignore),
+            keep_ends=keep_ends,
+            asymmetric=asymmetric,
+            seed=seed,
+            cache=out / _CHECKPOINT,
+            device=device,
+        )
+        analysis.save(out / "analysis.json")
+        shutil.rmtree(out / _CHECKPOINT, ignore_errors=True)
+        Console().print(f"written to {out}: analysis.json")
+        if budget is not None:
+            _write_plan(analysis.allocate(budget), out / "plan.json", picture)
+
+
+@app.command()
+def allocate(
+    analysis: Annotated[Path, typer.Argument(help="analysis.json.")],
+    keep: _Keep,
+    out: Annotated[Path, typer.Option(help="Where to write the plan.")],
+    allocation: _Allocation = None,
+    picture: _Picture = None,
+) -> None:
+    """Spend a budget by an analysis: a plan that can be edited."""
+    with clear_errors():
+        from .analysis import Analysis
+
+        budget = parse_keep(keep)
+        _write_plan(Analysis.load(analysis).allocate(budget, allocation), out, picture)
+
+
+@app.command()
+def apply(
+    model: _Model,
+    data: _Data,
+    plan: Annotated[Path, typer.Option(help="plan.json, as written or edited.")],
+    out: _Out,
+    weights: _Weights = None,
+    refine: _Refine = False,
+    resume: _Resume = False,
+    device: _Device = "cpu",
+    export: _Export = [],
+    runtime: _Runtime = "auto",
+    threads: _Threads = 1,
+) -> None:
+    """Carry out a plan."""
+    with clear_errors():
+        from .compress import apply as run
+        from .plan import Plan
+
+        _check_export(export, runtime)
+        result = run(
+            load_model(model, weights),
+            load_data(data),
+            Plan.load(plan),
+            refine=refine,
+            checkpoint=out / _CHECKPOINT,
+            resume=resume,
+            device=device,
+        )
+        _write(result, out, export, runtime, threads)
+
+
+# Folder of finished pieces inside the folder of the result.
+_CHECKPOINT = "checkpoint"
+
+
+def _check_export(export: list[str], runtime: str) -> None:
+    """Refuse files that cannot be written, and runtimes that do not work, before any work."""
+    from .export import check_target
+    from .runtime.layer_timing import check_runtime
+
+    if runtime not in ("auto", "none"):
+        check_runtime(runtime)
+    for name in export:
+        check_target(name)
+
+
+def _write(result: Any, out: Path, export: list[str], runtime: str, threads: int) -> None:
+    """Save a result, and only then forget the pieces it was made of."""
+    result.save(out)
+    shutil.rmtree(out / _CHECKPOINT, ignore_errors=True)
+    result.report.print()
+    Console().print(f"written to {out}: model.safetensors, plan.json, report.json")
+    for name in export:
+        chosen_runtime = None if runtime == "none" else runtime
+        exported = result.export(out / name, runtime=chosen_runtime, threads=threads)
+        Console().print(exported.table())
+        Console().print(f"written to {out}: {name}, relative error {exported.error:.1e}")
+    if export:
+        result.save_report(out)  # once more, with the graphs that were chosen
+
+
+def _write_plan(plan: Any, path: Path, picture: Path | None) -> None:
+    plan.save(path)
+    plan.print()
+    Console().print(f"written: {path}")
+    if picture is not None:
+        plan.plot(picture)
+        Console().print(f"written: {picture}")
 
 
 @app.command()
@@ -232,19 +287,19 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of the order of the runs and random inputs.")] = 0,
 ) -> None:
     """Measure the latency of models side by side in the stock CPU runtimes."""
-    with _clear_errors():
+    with clear_errors():
         from .runtime import bench as run
 
         result = run(
             _label_models(models),
-            None if data is None else _load_data(data),
+            None if data is None else load_data(data),
             runtimes=runtime or None,
             threads=threads,
             batch=batch,
             shapes=_parse_shapes(shape),
             time_limit_s=time_limit,
             precision=precision,
-            eval_fn=None if eval is None else _import(eval, "--eval"),
+            eval_fn=None if eval is None else import_object(eval, "--eval"),
             out=out,
             seed=seed,
         )
@@ -259,7 +314,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of training and of the choice of rows.")] = 0,
 ) -> None:
     """Train a small network on scikit-learn's digits and compress it to a quarter of its FLOPs."""
-    with _clear_errors():
+    with clear_errors():
         from . import demo as job
 
         job.run(keep, seed)

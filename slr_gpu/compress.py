@@ -1,48 +1,42 @@
-"""The whole model: capture, fit, replace, layer by layer, shallow to deep.
+"""The whole model: what to do to each layer, then fit and replace, shallow to deep.
 
 In: a model, unlabelled calibration data and a budget. Out: a `Result` with the smaller model.
-The user's model is copied, never changed. Layer l is fitted to the original's responses (Y) on
-inputs that come through the layers already replaced (X), so that it corrects their errors
-(asymmetric; Zhang et al. 2015, section 3.3).
+`compress` is `analyze`, `Analysis.allocate` and `apply`; each can be called alone. The user's model
+is copied, never changed. Layer l is fitted to the original's responses (Y) on inputs that come
+through the layers already replaced (X), so that it corrects their errors (asymmetric; Zhang et al.
+2015, section 3.3).
 """
 
 from __future__ import annotations
 
-import copy
-import fnmatch
-import math
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .adapters import adapter_for
-from .budget import ALLOCATIONS, LayerCost, check_keep, pca_energies, pca_energy, uniform
-from .capture import (
-    Batch,
-    Frontier,
-    Sampler,
-    as_batches,
-    first_tensor,
-    full_precision,
-    layer_io,
-    record_references,
-    run_model,
-)
-from .decomposition import is_separable
-from .errors import InputError, ModelError, complain
+from .analysis import check_allocation
+from .budget import check_keep, check_reachable
+from .capture import Frontier, full_precision, layer_io
+from .checkpoint import Store, fingerprint
+from .decomposition import Decomposition, Structure
+from .errors import InputError, complain
 from .fit import fit
-from .graph import LayerSite, find_sites, fold_batch_norm, set_module
-from .layer_budget import check_form
-from .ops import get_ops
+from .graph import LayerSite, set_module
+from .latency import LatencyTarget, add_latency, allocate_measured, measured_latency
+from .layer_io import LayerIO
+from .plan import LayerPlan, Plan
+from .prepare import Prepared, Settings, count_flops
 from .progress import progress_bar
+from .refine import Refinement, refine_model
 from .report import LayerReport, Report
-from .result import PLAN_SCHEMA, Result
-from .solvers import Majorize, Solver
-
-_OVERRIDES = ("keep", "form")
+from .result import Result
+from .runtime.layer_timing import check_runtime
+from .sensitivity import measure
+from .shares import uniform
+from .solvers import Solver
 
 
 def compress(
@@ -54,7 +48,7 @@ def compress(
     solver: Solver | None = None,
     objective: str = "activation",
     asymmetric: bool = True,
-    allocation: str = "uniform",
+    allocation: str | None = None,
     samples: int = 15_000,
     held_out: float = 0.1,
     ridge: float | str = "auto",
@@ -64,6 +58,12 @@ def compress(
     multiple: int = 1,
     batch_size: int = 100,
     seed: int = 0,
+    loss: str = "auto",
+    eval_fn: Callable[[nn.Module], float] | None = None,
+    latency: LatencyTarget | None = None,
+    refine: bool | Refinement = False,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
     device: str = "cpu",
     progress: bool = True,
 ) -> Result:
@@ -76,15 +76,17 @@ def compress(
     calibration_data : tensor, array or iterable of batches
         See `slr_gpu.capture.as_batches`. Labels are not used.
     keep : dict
-        Fractions of the whole model to keep: ``{"params": 0.25}``, ``{"flops": 0.25}`` or both,
-        and then both hold.
+        Fractions of the whole model to keep: ``{"params": 0.25}``, ``{"flops": 0.25}``,
+        ``{"latency": 0.25}`` or several of them, and then all hold.
     form, solver, objective, held_out, ridge, device
         See `slr_gpu.fit`.
     asymmetric : bool
         Fit each layer on inputs from the compressed prefix; False takes the original's inputs.
-    allocation : {"uniform", "pca_energy"}
-        How the budget is shared out: the same fraction for every layer, or by the ranks that keep
-        the most PCA energy (Zhang et al. 2015).
+    allocation : {"output", "response", "pca_energy", "uniform"}
+        How the budget is shared out: by what the layers' errors do to the model's output, measured;
+        by the least sum of their errors; by the ranks that keep the most PCA energy (Zhang et al.
+        2015); the same fraction for every layer. By default ``output``, or ``uniform`` for solvers
+        that choose their own structures.
     samples : int
         About so many input rows a layer are sampled (im2col rows for convolutions).
     ignore : sequence of str
@@ -99,6 +101,17 @@ def compress(
         Into which an array of calibration inputs is cut.
     seed : int
         Of the choice of rows.
+    loss, eval_fn
+        How outputs are judged; see `slr_gpu.analyze`.
+    latency : LatencyTarget, optional
+        Where a latency budget holds: by default in ONNX Runtime on one thread, batch of one.
+    refine : bool or Refinement
+        After the layers, train all of them together towards the original's outputs; kept if the
+        loss on held-out samples falls.
+    checkpoint : path, optional
+        Folder for finished pieces. Delete it once the result is saved.
+    resume : bool
+        Go on with what is in `checkpoint`, if it belongs to the same model, data and settings.
     progress : bool
         Show a bar on a terminal.
 
@@ -117,115 +130,199 @@ def compress(
     """
     began = time.perf_counter()
     keep = check_keep(keep)
-    solver = Majorize() if solver is None else solver
-    if not isinstance(solver, Solver):
-        raise InputError(
-            complain(f"solver={solver!r}", "an instance of a solver", "For example Majorize().")
-        )
-    check_form(form, spatial=True, known=solver.forms)
-    for name, value in (("samples", samples), ("batch_size", batch_size), ("multiple", multiple)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(complain(f"{name}={value!r}", "an integer >= 1", "Raise it."))
-    if allocation not in ALLOCATIONS:
-        raise InputError(
-            complain(
-                f"allocation={allocation!r}", f"one of {', '.join(ALLOCATIONS)}", "Check the name."
-            )
-        )
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            complain(f"model of {type(model).__name__}", "an nn.Module", "Build it first.")
-        )
-    ops = get_ops(device)
-    batches = as_batches(calibration_data, model, batch_size)
-    _check_weights(model)
-    work = _copy(model)
-    if ops.device != "cpu":
-        work.to(ops.device)
-    with torch.no_grad():
-        sites = find_sites(work, lambda: run_model(work, _first_sample(batches[0])))
-    for site in sites.values():
-        if site.batch_norm is not None and adapter_for(work.get_submodule(site.name)):
-            fold_batch_norm(work, site)
-    original = copy.deepcopy(work)
-    reasons = _reasons(work, sites, ignore, keep_ends)
-    names = [name for name in sites if name not in reasons]
-    options = _overrides(overrides or {}, names, solver.forms)
-    chosen = [site for name, site in sites.items() if name not in reasons]
-    if not chosen:
-        raise InputError(
-            complain(
-                "a model without a layer to compress: "
-                + ("; ".join(f"{n}: {r}" for n, r in reasons.items()) or "no layers"),
-                "at least one convolution or linear layer",
-                "Check ignore=, or pass keep_ends=False.",
-            )
-        )
-    request = (
-        keep,
-        [_cost(site, work.get_submodule(site.name)) for site in chosen],
-        {name: option["keep"] for name, option in options.items() if "keep" in option},
-        _totals(work, _first_sample(batches[0]), chosen),
-        multiple,
+    options = {} if solver is None else {"solver": solver}
+    settings = Settings(
+        form=form,
+        objective=objective,
+        asymmetric=asymmetric,
+        samples=samples,
+        held_out=held_out,
+        ridge=ridge,
+        ignore=ignore,
+        overrides=overrides or {},
+        keep_ends=keep_ends,
+        multiple=multiple,
+        batch_size=batch_size,
+        seed=seed,
+        **options,
     )
-    budgets = uniform(*request)  # whatever the allocation: whether the budget can be met
-    batch_sizes = [len(first_tensor(batch)) for batch in batches]
-    sample_count = sum(batch_sizes)
-    sampler = Sampler(samples, sample_count, seed)
-    layers: dict[str, LayerReport] = {}
-    plan_layers = []
+    if allocation is None:
+        allocation = "output" if settings.solver.takes_structures else "uniform"
+    check_allocation(allocation)
+    refinement = Refinement.of(refine)
+    if "latency" in keep:
+        latency = latency or LatencyTarget()
+        check_runtime(latency.runtime)
+    prepared = Prepared(model, calibration_data, settings, device)
+    _check_reachable(prepared, keep, allocation)
+    facts = {
+        "keep": keep,
+        "allocation": allocation,
+        "loss": loss,
+        "eval_fn": eval_fn is not None,
+        "latency": None if latency is None else latency.as_dict(),
+        "refine": None if refinement is None else refinement.as_dict(),
+    }
+    store = _open(prepared, checkpoint, facts, resume)
+    done = None if store is None else store.load_json("plan")
+    if done is None:
+        part = None if store is None else store.part("analysis")
+        analysis = measure(prepared, allocation, loss, eval_fn, part, progress)
+        if "latency" in keep:
+            add_latency(prepared, analysis, latency)
+            plan = allocate_measured(prepared, analysis, keep, latency)[0]
+        else:
+            plan = analysis.allocate(keep)
+        if store is not None:
+            store.save_json("plan", plan.as_dict())
+    else:
+        plan = Plan.from_dict(done)
+    result = _apply(prepared, plan, loss, refinement, store, progress)
+    if latency is not None:
+        result.report.latency = measured_latency(prepared, result.model, latency)
+        result.report.latency["predicted"] = plan.achieved.get("latency")
+    result.report.seconds = time.perf_counter() - began
+    return result
+
+
+def apply(
+    model: nn.Module,
+    calibration_data: Any,
+    plan: Plan,
+    *,
+    loss: str = "auto",
+    refine: bool | Refinement = False,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Result:
+    """Carry out a plan, perhaps an edited one.
+
+    Parameters
+    ----------
+    plan : Plan
+        Its settings are those of the analysis; layers that may be compressed and are not in it
+        stay dense.
+    model, calibration_data, loss, refine, checkpoint, resume, device, progress
+        See `compress`.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    InputError
+        When the plan does not fit the model, before any work is done; and see `compress`.
+    """
+    began = time.perf_counter()
+    refinement = Refinement.of(refine)
+    prepared = Prepared(model, calibration_data, Settings.from_dict(plan.settings), device)
+    _check_plan(prepared, plan)
+    facts = {
+        "plan": plan.as_dict()["layers"],
+        "loss": loss,
+        "refine": None if refinement is None else refinement.as_dict(),
+    }
+    store = _open(prepared, checkpoint, facts, resume)
+    result = _apply(prepared, plan, loss, refinement, store, progress)
+    result.report.seconds = time.perf_counter() - began
+    return result
+
+
+def _open(
+    prepared: Prepared, checkpoint: str | Path | None, facts: dict[str, Any], resume: bool
+) -> Store | None:
+    if checkpoint is None:
+        if resume:
+            raise InputError(
+                complain("resume without checkpoint", "checkpoint=<folder>", "Name the folder.")
+            )
+        return None
+    return Store.open(checkpoint, fingerprint(prepared) | facts, resume=resume)
+
+
+def _check_reachable(prepared: Prepared, keep: dict[str, float], allocation: str) -> None:
+    """Refuse what cannot be met before anything is measured."""
+    costs = list(prepared.costs.values())
+    if allocation in ("uniform", "pca_energy") and "latency" not in keep:
+        fractions = {n: o["keep"] for n, o in prepared.options.items() if "keep" in o}
+        uniform(keep, costs, fractions, prepared.totals)
+        return
+    keep = {name: fraction for name, fraction in keep.items() if name in prepared.totals}
+    smallest = {
+        resource: sum(cost.smallest(resource, prepared.form(cost.name)) for cost in costs)
+        for resource in keep
+    }
+    check_reachable(keep, costs, prepared.totals, smallest)
+
+
+def _check_plan(prepared: Prepared, plan: Plan) -> None:
+    for layer in plan.layers:
+        if layer.name not in prepared.costs:
+            reason = prepared.reasons.get(layer.name, "no such layer")
+            if layer.form == "dense":
+                continue
+            raise InputError(
+                complain(
+                    f"a plan for layer {layer.name!r} ({reason})",
+                    f"layers that can be compressed: {', '.join(prepared.costs)}",
+                    "Edit the plan.",
+                )
+            )
+        layer.check(prepared.costs[layer.name], prepared.settings.solver.forms)
+
+
+def _apply(
+    prepared: Prepared,
+    plan: Plan,
+    loss: str,
+    refinement: Refinement | None,
+    store: Store | None,
+    progress: bool,
+) -> Result:
+    work, settings = prepared.work, prepared.settings
+    planned = {layer.name: layer for layer in plan.layers if layer.form != "dense"}
+    chosen = [site for site in prepared.chosen if site.name in planned]
+    rows: dict[str, LayerReport] = {}
+    built: dict[str, dict[str, Any]] = {}
+    count = prepared.sample_count
     # The original takes about as long as fitting all layers: a bar in samples, then in layers.
-    bar = progress_bar("original responses", 2 * sample_count, show=progress)
+    bar = progress_bar("original responses", 2 * count, show=progress)
     with bar as advance, full_precision():
-        references = record_references(
-            original,
-            batches,
-            chosen,
-            sampler,
-            with_inputs=not asymmetric,
-            ops=ops,
-            advance=advance,
-        )
+        references = prepared.references(advance)
         names = [site.name for site in chosen]
-        if allocation == "pca_energy":
-            energies = {name: pca_energies(references.linear_targets[name]) for name in names}
-            budgets = pca_energy(*request, energies=energies)
-        frontier = Frontier(work, batches, names) if asymmetric else None
+        frontier = Frontier(work, prepared.batches, names) if settings.asymmetric else None
         for site in chosen:
             advance(0, description=f"fitting {site.name}")
-            layer_began = time.perf_counter()
+            began = time.perf_counter()
             layer = work.get_submodule(site.name)
-            arrays = layer_io(
-                layer,
-                site,
-                references,
-                sampler,
-                frontier.inputs(site.name) if frontier else None,
-                batch_sizes,
-            )
-            decomposition = fit(
-                arrays,
-                budget=budgets[site.name],
-                form=_form_for(layer, options.get(site.name, {}).get("form", form)),
-                solver=solver,
-                objective=objective,
-                ridge=ridge,
-                held_out=held_out,
-                device=ops.device,
-            )
+
+            def fitted(site: LayerSite = site, layer: nn.Module = layer) -> Decomposition:
+                arrays = layer_io(
+                    layer,
+                    site,
+                    references,
+                    prepared.sampler,
+                    frontier.inputs(site.name) if frontier else None,
+                    prepared.batch_sizes,
+                )
+                return _fit(prepared, planned[site.name], arrays)
+
+            if store is None:
+                decomposition = fitted()
+            else:
+                decomposition = store.part("layers").decomposition(site.name, fitted)
             references.release(site.name)
             module = adapter_for(layer).build(layer, decomposition)
             set_module(work, site.name, module)
-            plan_layers.append(
-                {
-                    "name": site.name,
-                    "type": type(module).__name__,
-                    "arguments": module.plan(),
-                    "activation": site.activation,
-                }
-            )
-            notes = [*decomposition.notes, *([site.note] if site.note else [])]
-            layers[site.name] = LayerReport(
+            built[site.name] = {
+                "type": type(module).__name__,
+                "arguments": module.plan(),
+                "activation": site.activation,
+            }
+            rows[site.name] = LayerReport(
                 site.name,
                 type(layer).__name__,
                 _shape(layer),
@@ -233,216 +330,66 @@ def compress(
                 structure=str(decomposition.structure),
                 activation=decomposition.activation,
                 error=decomposition.held_out_error,
-                seconds=time.perf_counter() - layer_began,
-                notes=notes,
+                seconds=time.perf_counter() - began,
+                notes=[*decomposition.notes, *([site.note] if site.note else [])],
             )
-            advance(sample_count / len(chosen))
-    report = _report(keep, original, work, _first_sample(batches[0]), sites, layers, reasons)
+            advance(count / max(len(chosen), 1))
+    reasons = dict(prepared.reasons)
+    reasons.update({s.name: "dense in the plan" for s in prepared.chosen if s.name not in planned})
+    report = _report(prepared, plan, rows, reasons)
     report.settings = {
-        "form": form,
-        "solver": solver.name,
-        "objective": objective,
-        "asymmetric": asymmetric,
-        "allocation": allocation,
-        "samples": samples,
-        "calibration_samples": sample_count,
-        "seed": seed,
-        "device": ops.device,
+        **settings.as_dict(),
+        "solver": settings.solver.name,
+        "allocation": plan.allocation,
+        "calibration_samples": count,
+        "device": prepared.ops.device,
     }
-    plan = {
-        "schema": PLAN_SCHEMA,
-        "keep": keep,
-        "layers": plan_layers,
-        "folded": [
-            {"layer": site.name, "batch_norm": site.batch_norm}
-            for site in sites.values()
-            if site.batch_norm is not None
-        ],
-        "settings": report.settings,
+    if refinement is not None:
+        part = None if store is None else store.part("refinement")
+        report.refinement = refine_model(prepared, list(planned), refinement, loss, part, progress)
+    value = plan.as_dict()
+    for layer in value["layers"]:
+        layer.update(built.get(layer["name"], {}))
+    value["folded"] = [
+        {"layer": site.name, "batch_norm": site.batch_norm}
+        for site in prepared.sites.values()
+        if site.batch_norm is not None
+    ]
+    return Result(prepared.restored(), report, value, prepared.example)
+
+
+def _fit(prepared: Prepared, planned: LayerPlan, arrays: LayerIO) -> Decomposition:
+    settings, structure = prepared.settings, planned.structure
+    how = {
+        "solver": settings.solver,
+        "objective": settings.objective,
+        "ridge": settings.ridge,
+        "held_out": settings.held_out,
+        "device": prepared.ops.device,
     }
-    _restore(work, model)
-    report.seconds = time.perf_counter() - began
-    return Result(work, report, plan, _example(batches[0]))
+    if structure is None:
+        budget = prepared.costs[planned.name].budget(planned.limits, settings.multiple)
+        form = prepared.form(planned.name) if planned.form == "auto" else planned.form
+        return fit(arrays, budget=budget, form=form, **how)
+    return fit(arrays, form=structure.form, **_sizes(structure), **how)
 
 
-# -- preparation ------------------------------------------------------------------------------
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        work = copy.deepcopy(model)
-    except Exception as error:
-        raise ModelError(
-            complain(
-                f"{type(error).__name__} while copying the model: {error}",
-                "a model that copy.deepcopy can copy",
-                "Remove what cannot be copied (open files, hooks on closures, non-leaf tensors).",
-            )
-        ) from error
-    # What watches the user's model stays with it. Hooks before a forward may be part of the
-    # function (spectral_norm) and stay with the copy too.
-    for module in work.modules():
-        module._forward_hooks.clear()
-        module._backward_hooks.clear()
-    parameter = next(work.parameters(), None)
-    if parameter is not None and parameter.element_size() < 4:
-        work = work.float()  # fitted in float32, handed back in the model's own dtype
-    return work.eval()
-
-
-def _restore(work: nn.Module, model: nn.Module) -> None:
-    """Give the compressed copy the device, the dtype and the modes of the user's model."""
-    parameter = next(model.parameters())
-    work.to(parameter.device)
-    if parameter.element_size() < 4:
-        work.to(parameter.dtype)
-    modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in work.named_modules():
-        while name not in modes:  # inside a replaced layer
-            name = name.rpartition(".")[0]
-        module.training = modes[name]
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(
-                complain(f"NaN or Inf in {name}", "finite weights", "Check the checkpoint.")
-            )
-
-
-def _first_sample(batch: Batch) -> Batch:
-    return tuple(item[:1] if isinstance(item, torch.Tensor) else item for item in batch)
-
-
-def _example(batch: Batch) -> Batch:
-    """Two samples, so that exporting need not take a batch of one for a constant."""
-    return tuple(
-        item[:2].detach().cpu().clone() if isinstance(item, torch.Tensor) else item
-        for item in batch
-    )
-
-
-def _match(pattern: str, names: list[str], what: str) -> list[str]:
-    found = fnmatch.filter(names, pattern)
-    if not found:
-        raise InputError(
-            complain(f"{what}={pattern!r}", f"a name or pattern of {', '.join(names)}", "Check it.")
-        )
-    return found
-
-
-def _reasons(
-    model: nn.Module, sites: dict[str, LayerSite], ignore: Any, keep_ends: bool
-) -> dict[str, str]:
-    """Why layers stay dense, by name."""
-    reasons: dict[str, str] = {}
-    names = list(sites)
-    for pattern in [ignore] if isinstance(ignore, str) else ignore:
-        for name in _match(pattern, names, "ignore"):
-            reasons[name] = "ignored by name"
-    ran = [name for name, site in sites.items() if site.calls]
-    for name, site in sites.items():
-        layer = model.get_submodule(name)
-        if not site.calls:
-            reasons.setdefault(name, "not reached by the calibration data")
-        elif site.calls > 1:
-            reasons.setdefault(name, f"called {site.calls} times in one pass")
-        elif adapter_for(layer).unsupported(layer):
-            reasons.setdefault(name, adapter_for(layer).unsupported(layer))
-    if keep_ends and ran:
-        reasons.setdefault(ran[0], "first layer")
-        reasons.setdefault(ran[-1], "last layer")
-    return reasons
-
-
-def _overrides(
-    overrides: dict[str, dict[str, Any]], names: list[str], forms: tuple[str, ...]
-) -> dict[str, dict]:
-    options: dict[str, dict[str, Any]] = {}
-    for pattern, option in overrides.items():
-        if not isinstance(option, dict) or set(option) - set(_OVERRIDES):
-            raise InputError(
-                complain(
-                    f"overrides[{pattern!r}]={option!r}",
-                    f"a dict with {' or '.join(_OVERRIDES)}",
-                    "For example {'keep': 0.5}.",
-                )
-            )
-        fraction = option.get("keep", 1.0)
-        if not 0 < fraction <= 1:
-            raise InputError(
-                complain(f"overrides[{pattern!r}] keep={fraction}", "a fraction in (0, 1]", "")
-            )
-        check_form(option.get("form", "auto"), spatial=True, known=forms)
-        for name in _match(pattern, names, "overrides"):
-            options.setdefault(name, {}).update(option)
-    return options
-
-
-def _form_for(layer: nn.Module, form: str) -> str:
-    """The form asked for, or ``auto`` where it does not apply (by the layer's kernel)."""
-    kernel_size = adapter_for(layer).kernel_size(layer)
-    applies = {"rotated": math.prod(kernel_size) > 1, "spatial": is_separable(kernel_size)}
-    return form if applies.get(form, True) else "auto"
-
-
-def _cost(site: LayerSite, layer: nn.Module) -> LayerCost:
-    adapter = adapter_for(layer)
-    taps = math.prod(adapter.kernel_size(layer))
-    n = len(layer.weight)
-    x, y = (torch.empty(s, device="meta") for s in (site.input_shape, site.output_shape))
-    return LayerCost(
-        site.name,
-        n,
-        layer.weight[0].numel() // taps,
-        taps,
-        adapter.positions(layer, y),
-        adapter.positions(layer, x),
-        adapter.kernel_size(layer),
-        adapter.spatial_positions(layer, x, y),
-    )
-
-
-def _totals(model: nn.Module, batch: Batch, chosen: list[LayerSite]) -> dict[str, float]:
-    """What the whole model costs, with the biases that its compressed layers will have."""
-    added = [model.get_submodule(site.name) for site in chosen]
-    biases = sum(len(layer.weight) for layer in added if layer.bias is None)
-    return {
-        "params": sum(p.numel() for p in model.parameters()) + biases,
-        "flops": count_flops(model, batch)[0] / 2,
-    }
-
-
-# -- counting ----------------------------------------------------------------------------------
+def _sizes(structure: Structure) -> dict[str, int]:
+    """A structure as `fit` is asked for it."""
+    kept = "columns" if structure.form == "columns" else "channels"
+    sizes = {kept: structure.s, "rank": structure.k}
+    return sizes if structure.r is None else {**sizes, "basis_rows": structure.r}
 
 
 def _shape(layer: nn.Module) -> str:
     return "x".join(str(size) for size in layer.weight.shape)
 
 
-def count_flops(model: nn.Module, batch: Batch) -> tuple[int, dict[str, int]]:
-    """FLOPs of one call, in total and by module, as torch counts them."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        run_model(model, batch)
-    root = type(model).__name__
-    by_module = {
-        name.removeprefix(f"{root}.") if name != root else "": sum(counts.values())
-        for name, counts in counter.get_flop_counts().items()
-    }
-    return counter.get_total_flops(), by_module
-
-
 def _report(
-    keep: dict[str, float],
-    original: nn.Module,
-    work: nn.Module,
-    batch: Batch,
-    sites: dict[str, LayerSite],
-    layers: dict[str, LayerReport],
-    reasons: dict[str, str],
+    prepared: Prepared, plan: Plan, layers: dict[str, LayerReport], reasons: dict[str, str]
 ) -> Report:
+    original, work, batch = prepared.original, prepared.work, prepared.first_sample
+    sites = prepared.sites
     flops, by_module = count_flops(original, batch)
     flops_kept, kept_by_module = count_flops(work, batch)
     rows = []
@@ -476,7 +423,7 @@ def _report(
                 )
             )
     return Report(
-        keep,
+        plan.keep,
         sum(p.numel() for p in original.parameters()),
         sum(p.numel() for p in work.parameters()),
         flops,

@@ -79,6 +79,11 @@ class Report:
     layers : list of LayerReport
         In the order of execution.
     settings : dict
+    latency : dict
+        Seconds of the original and of the compressed model, their ratio and the predicted one,
+        where a latency was asked.
+    refinement : dict
+        Losses on held-out samples before and after it, and whether it was kept; empty without one.
     """
 
     asked: dict[str, float]
@@ -89,6 +94,8 @@ class Report:
     seconds: float
     layers: list[LayerReport]
     settings: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] = field(default_factory=dict)
+    refinement: dict[str, Any] = field(default_factory=dict)
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -164,6 +171,19 @@ class Report:
             )
         skipped = sum(layer.flops for layer in self.layers if not layer.compressed)
         lines.append(f"FLOPs in layers left dense: {skipped / max(self.flops, 1):.2%}")
+        if self.latency:
+            asked = self.asked.get("latency")
+            lines.append(
+                f"latency: {1e3 * self.latency['dense_s']:.3g} ms ->"
+                f" {1e3 * self.latency['compressed_s']:.3g} ms, kept {self.latency['ratio']:.2%}"
+                + ("" if asked is None else f" (asked {asked:.2%})")
+            )
+        if self.refinement:
+            r = self.refinement
+            lines.append(
+                f"refined together: held-out {r['loss']} {r['before']:.3g} -> {r['after']:.3g}"
+                + ("" if r["kept"] else " (not better, dropped)")
+            )
         lines.append(f"wall time: {self.seconds:.1f} s")
         return Group(table, Text("\n".join(["", *lines])))
 

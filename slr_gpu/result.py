@@ -23,10 +23,9 @@ from .deploy import LayerGraph, choose_graphs, table
 from .errors import InputError, complain
 from .export import check_target, export_model, flush_denormals, has_denormals
 from .graph import LayerSite, fold_batch_norm, set_module
+from .plan import check_schema
 from .report import Report
 from .storage import load_json, save_json, write_atomically
-
-PLAN_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Result:
         The compressed copy, in the modes (train or eval) of the original.
     report : Report
     plan : dict
-        How to rebuild the modules: JSON values only.
+        A `Plan` as JSON values, and how to rebuild the modules.
     example : tuple
         Arguments of one call on a few calibration samples, for `export`.
     """
@@ -168,20 +167,15 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Modul
     """
     folder = Path(folder)
     plan = load_json(folder / "plan.json")
-    if not isinstance(plan, dict) or plan.get("schema") != PLAN_SCHEMA:
-        raise InputError(
-            complain(
-                f"{folder / 'plan.json'} with another schema",
-                f"schema {PLAN_SCHEMA}",
-                "Compress again with this version of slr_gpu.",
-            )
-        )
+    check_schema(plan, str(folder / "plan.json"))
     model = model_factory().eval()
     try:
         for entry in plan["folded"]:
             site = LayerSite(entry["layer"], batch_norm=entry["batch_norm"])
             fold_batch_norm(model, site)
         for entry in plan["layers"]:
+            if "type" not in entry:  # dense in the plan
+                continue
             dense = model.get_submodule(entry["name"])
             module = build_from_plan(entry["type"], entry["arguments"])
             set_module(model, entry["name"], module.to(dense.weight.dtype))

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 import slr_gpu
 from slr_gpu import Zhang
-from slr_gpu.budget import LayerCost, pca_energies, pca_energy, select_ranks, uniform
+from slr_gpu.budget import LayerCost
 from slr_gpu.cli import app
+from slr_gpu.shares import pca_energies, pca_energy, select_ranks, uniform
 
 
 def instance(seed):

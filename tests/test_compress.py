@@ -14,8 +14,8 @@ from torch import nn
 
 import slr_gpu
 from slr_gpu.capture import Frontier, Sampler, as_batches, record_references
-from slr_gpu.compress import count_flops
 from slr_gpu.graph import find_sites
+from slr_gpu.prepare import count_flops
 
 
 def small_network() -> nn.Sequential:
@@ -149,9 +149,8 @@ def test_asymmetric_inputs_do_better():
         mix = torch.randn(24, 24) * 0.8 ** torch.arange(24)
         data, held_out = torch.randn(1500, 24) @ mix, torch.randn(500, 24) @ mix
         for asymmetric in errors:
-            result = slr_gpu.compress(
-                model, data, {"params": 0.4}, asymmetric=asymmetric, progress=False
-            )
+            run = {"asymmetric": asymmetric, "allocation": "uniform", "progress": False}
+            result = slr_gpu.compress(model, data, {"params": 0.4}, **run)
             with torch.no_grad():
                 wanted = model(held_out)
                 error = (result.model(held_out) - wanted).square().sum() / wanted.square().sum()
@@ -215,11 +214,16 @@ class Block(nn.Module):
 def test_branches_strides_and_budgets(data, keep):
     torch.manual_seed(0)
     model = Block().eval()
-    report = slr_gpu.compress(model, data, keep, progress=False).report
-    names = [layer.name for layer in report.layers if layer.compressed]
-    assert names == ["a", "b", "shortcut", "c"]
-    for resource, fraction in keep.items():
-        assert report.achieved[resource] <= fraction
+    for allocation in ("uniform", "output"):
+        run = {"allocation": allocation, "progress": False}
+        report = slr_gpu.compress(model, data, keep, **run).report
+        left = {x.name: x.reason for x in report.layers if x.name not in ("stem", "head")}
+        assert list(left) == ["a", "b", "shortcut", "c"]
+        assert set(left.values()) <= (
+            {""} if allocation == "uniform" else {"", "dense in the plan"}
+        )
+        for resource, fraction in keep.items():
+            assert report.achieved[resource] <= fraction
 
 
 @pytest.mark.parametrize("dims", [1, 3])
@@ -274,6 +278,7 @@ def test_options_by_name(model, data):
         {"params": 0.6},
         ignore=["9"],
         keep_ends=False,
+        allocation="uniform",
         progress=False,
         overrides={"2": {"keep": 0.3, "form": "channels"}},
     )

@@ -208,7 +208,7 @@ def _open_sources(models: Mapping[str, Any]) -> Sources:
 def _environment(threads: int) -> dict[str, Any]:
     load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": threads,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "not set"),
@@ -218,7 +218,8 @@ def _environment(threads: int) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as it calls itself."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -27,6 +27,9 @@ class Solver:
         The forms that it can fit; the first is its ``"auto"`` unless `candidates` says otherwise.
     chooses_support : bool
         Whether it finds its own columns and needs none given.
+    takes_structures : bool
+        Whether it fits any structure (r, s, k) of its forms that it is given; False for solvers
+        that have their own way to spend a budget.
     tunes_ridge : bool
         Whether ``ridge="auto"`` is decided on held-out rows, by the closed form.
     """
@@ -34,6 +37,7 @@ class Solver:
     name: ClassVar[str]
     forms: ClassVar[tuple[str, ...]] = ("columns", "channels", "rotated")
     chooses_support: ClassVar[bool] = False
+    takes_structures: ClassVar[bool] = True
     tunes_ridge: ClassVar[bool] = True
 
     def candidates(

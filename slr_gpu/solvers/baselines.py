@@ -39,6 +39,7 @@ class _OnePart(Solver):
 
     low_rank: ClassVar[bool]
     chooses_support: ClassVar[bool] = True
+    takes_structures: ClassVar[bool] = False
     tunes_ridge = False
 
     def candidates(

@@ -104,6 +104,7 @@ class Grebsmo(Solver):
     name: ClassVar[str] = "grebsmo"
     forms: ClassVar[tuple[str, ...]] = ("entries",)
     chooses_support: ClassVar[bool] = True
+    takes_structures: ClassVar[bool] = False
     tunes_ridge: ClassVar[bool] = False
 
     # -- choosing the split ------------------------------------------------------------------

@@ -76,6 +76,7 @@ class Zhang(Solver):
     tolerance: float = 1e-4
     name: ClassVar[str] = "zhang"
     forms: ClassVar[tuple[str, ...]] = ("columns", "spatial")
+    takes_structures: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if len(self.penalties) != len(self.iterations) or not all(p > 0 for p in self.penalties):

@@ -1,0 +1,182 @@
+"""Finished pieces of a long run, on disk, and what they belong to.
+
+In: a folder and a fingerprint: facts about the model, the data and the settings, the large ones as
+SHA-256. Out: a `Store` of pieces by name. Every file is written under another name and renamed, so
+a run that was killed leaves whole files only. A store is opened again by the same facts; others are
+refused, and the message says which of them changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from torch import nn
+
+from .decomposition import Decomposition
+from .errors import InputError, complain
+from .prepare import Prepared
+from .storage import load_arrays, load_json, save_arrays, save_json
+
+_FACTS = "fingerprint.json"
+_HASHED = ("model", "calibration data")
+
+
+def fingerprint(prepared: Prepared) -> dict[str, Any]:
+    """Facts that decide what a run computes, as JSON values.
+
+    Bits also depend on the number of threads and the versions of libraries, which are not in it.
+    """
+    facts: dict[str, Any] = {
+        "model": _hash_of_model(prepared.source),
+        "calibration data": _hash_of_tensors(
+            item for batch in prepared.batches for item in batch if isinstance(item, torch.Tensor)
+        ),
+        "device": prepared.ops.device,
+    }
+    for name, value in prepared.settings.as_dict().items():
+        facts[f"settings.{name}"] = value
+    return facts
+
+
+def _hash_of_model(model: nn.Module) -> str:
+    """Of the modules as they print, and of every weight and buffer."""
+    state = model.state_dict()
+    digest = hashlib.sha256(repr(model).encode())
+    for name in sorted(state):
+        digest.update(name.encode())
+        if isinstance(state[name], torch.Tensor):
+            _add(digest, state[name])
+    return digest.hexdigest()
+
+
+def _hash_of_tensors(tensors: Any) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        _add(digest, tensor)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, tensor: torch.Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().tobytes())
+
+
+class Store:
+    """Pieces of a run in a folder.
+
+    Parameters
+    ----------
+    folder : path
+        Made when the first piece is written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path, facts: dict[str, Any], *, resume: bool) -> Store:
+        """Begin in an empty folder, or go on in one of the same facts.
+
+        Parameters
+        ----------
+        facts : dict
+            See `fingerprint`.
+        resume : bool
+            False deletes what is there.
+
+        Raises
+        ------
+        InputError
+            When the folder belongs to other facts; names what changed, and nothing is deleted.
+        """
+        store = cls(folder)
+        facts = json.loads(json.dumps(facts))  # tuples come back from a file as lists
+        if not resume:
+            store.clear()
+        path = store.folder / _FACTS
+        if path.exists():
+            changed = _changes(load_json(path), facts)
+            if changed:
+                raise InputError(
+                    complain(
+                        f"a checkpoint in {folder} of another run: {'; '.join(changed)}",
+                        "the same model, data and settings",
+                        "Undo the changes, or start anew without resume.",
+                    )
+                )
+        else:
+            save_json(path, facts)
+        return store
+
+    @classmethod
+    def named(cls, root: str | Path, facts: dict[str, Any]) -> Store:
+        """A folder under `root` for exactly these facts."""
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return cls.open(Path(root) / digest, facts, resume=True)
+
+    def part(self, name: str) -> Store:
+        """A store inside this one."""
+        return Store(self.folder / name)
+
+    def clear(self) -> None:
+        """Delete what is there, if it is a store."""
+        if (self.folder / _FACTS).exists():
+            # The facts go last: a clearing that was cut short is one still.
+            for path in self.folder.iterdir():
+                if path.name != _FACTS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (self.folder / _FACTS).unlink()
+            self.folder.rmdir()
+
+    def path(self, name: str, suffix: str) -> Path:
+        """Where a piece is, or will be."""
+        return self.folder / (quote(name, safe="") + suffix)
+
+    def load_json(self, name: str) -> Any:
+        """A piece, or None if it is not finished."""
+        path = self.path(name, ".json")
+        return load_json(path) if path.exists() else None
+
+    def save_json(self, name: str, value: Any) -> None:
+        save_json(self.path(name, ".json"), value)
+
+    def load_arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
+        """A piece made of arrays and its metadata, or None if it is not finished."""
+        path = self.path(name, ".safetensors")
+        return load_arrays(path, kind="checkpoint") if path.exists() else None
+
+    def save_arrays(
+        self, name: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]
+    ) -> None:
+        path = self.path(name, ".safetensors")
+        save_arrays(path, arrays, kind="checkpoint", metadata=metadata)
+
+    def decomposition(self, name: str, make: Callable[[], Decomposition]) -> Decomposition:
+        """The piece of that name, made and written unless it is finished."""
+        path = self.path(name, ".safetensors")
+        if path.exists():
+            return Decomposition.load(path)
+        made = make()
+        made.save(path)
+        return made
+
+
+def _changes(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between facts, by name; only values that a reader can tell apart are shown."""
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted({*before, *now})
+        prefix = f"{name}." if name else ""
+        return [c for n in names for c in _changes(before.get(n), now.get(n), prefix + n)]
+    values = f"{name} was {before!r}, now {now!r}"
+    return [values if len(values) <= 200 and name not in _HASHED else f"{name} differs"]

@@ -1,0 +1,110 @@
+"""What the command line reads: models, data and budgets from its arguments.
+
+In: text. Out: objects; an `InputError` that names the option where that does not work.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from .errors import InputError, SLRError, complain
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn this package's errors into one line and exit status 1."""
+    try:
+        yield
+    except SLRError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def import_object(reference: str, option: str) -> Any:
+    """The object that ``pkg.module:name`` names."""
+    module_name, _, name = reference.partition(":")
+    if not name:
+        raise InputError(
+            complain(f"{option} {reference!r}", "pkg.module:name", "For example models.vgg:make.")
+        )
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules beside the user, as with python -m
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            complain(
+                f"{option} {reference!r}: {error}",
+                "a name that can be imported",
+                "Run from the folder of the module, or install it.",
+            )
+        ) from error
+
+
+def parse_keep(text: str) -> dict[str, float]:
+    """``flops=0.25,params=0.5`` as a dict."""
+    keep = {}
+    for part in text.split(","):
+        resource, _, fraction = part.partition("=")
+        try:
+            keep[resource.strip()] = float(fraction)
+        except ValueError as error:
+            raise InputError(
+                complain(f"--keep {text!r}", "flops=0.25 or params=0.25", "Join several by commas.")
+            ) from error
+    return keep
+
+
+def make_solver(name: str) -> Any:
+    from .solvers import SOLVERS
+
+    if name not in SOLVERS:
+        raise InputError(
+            complain(f"--solver {name}", f"one of {', '.join(SOLVERS)}", "Check the name.")
+        )
+    return SOLVERS[name]()
+
+
+def load_data(reference: str) -> Any:
+    """Calibration data from a .npy or .npz file or from ``pkg.module:loader``."""
+    import numpy as np
+
+    if not reference.endswith((".npy", ".npz")):
+        loader = import_object(reference, "--data")
+        return loader() if callable(loader) else loader
+    try:
+        data = np.load(reference, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            complain(f"--data {reference}: {error}", "a whole .npy or .npz file", "Check the path.")
+        ) from error
+    if reference.endswith(".npz"):
+        data = data[data.files[0]]
+    return data if data.dtype.kind in "iub" else data.astype(np.float32)
+
+
+def load_model(reference: str, weights: Path | None) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    model = import_object(reference, "--model")()
+    if weights is not None:
+        try:
+            model.load_state_dict(load_file(weights))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InputError(
+                complain(
+                    f"--weights {weights}: {error}",
+                    "a safetensors file of this model's state_dict",
+                    "Check the path and the model.",
+                )
+            ) from error
+    return model

@@ -1,0 +1,295 @@
+"""What layers cost in seconds, in a runtime on this machine.
+
+In: a prepared model, its analysis, a runtime. Out: for every layer coefficients from which
+`LayerCost.cost` knows the seconds of any structure, and how long a planned model takes, measured.
+For each shape of layer a dozen of its best structures are built and timed beside the dense layer
+(`slr_gpu.runtime.layer_timing`); between them seconds are linear in the multiply-adds of the parts,
+in the values they hand on and in which parts there are (non-negative least squares of relative
+errors). Timings are kept in a folder by machine, runtime and threads. What a layer alone takes is
+right up to what it pays for its memory layout, so a plan is timed as a whole model too, with random
+weights, before any layer is fitted.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+from torch import nn
+
+from .adapters import adapter_for
+from .analysis import Analysis, LayerAnalysis
+from .decomposition import Decomposition, Structure, grouping
+from .errors import InputError, complain
+from .fold import for_deployment
+from .graph import set_module
+from .plan import Plan
+from .prepare import Prepared
+from .runtime.layer_timing import Case, check_runtime, time_layers
+from .runtime.measure import cpu_name
+from .storage import load_json, save_json
+
+# Structures timed a shape of layer.
+TIMED = 12
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LatencyTarget:
+    """Where a model will run.
+
+    Attributes
+    ----------
+    runtime : str
+        Of `slr_gpu.runtime.sessions.RUNTIMES`.
+    threads : int
+    cache : path, optional
+        Folder of timings, by default ``slr_gpu`` in the user's cache folder.
+    time_limit_s : float
+        For timing all layers.
+    """
+
+    runtime: str = "onnxruntime"
+    threads: int = 1
+    cache: str | Path | None = None
+    time_limit_s: float = 60.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """What decides the seconds, as JSON values."""
+        return {"runtime": self.runtime, "threads": self.threads}
+
+    def file(self, kind: str) -> Path:
+        """Where the timings of a kind of layer are kept."""
+        folder = self.cache
+        if folder is None:
+            folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "slr_gpu"
+        package = self.runtime if self.runtime in ("onnxruntime", "openvino") else "torch"
+        machine = [
+            cpu_name(),
+            platform.machine(),
+            self.runtime,
+            importlib.metadata.version(package),
+            self.threads,
+            SCHEMA,
+            kind,
+        ]
+        return Path(folder) / f"{hashlib.sha256(repr(machine).encode()).hexdigest()[:24]}.json"
+
+
+def add_latency(prepared: Prepared, analysis: Analysis, target: LatencyTarget) -> None:
+    """Give the layers of an analysis their seconds, and the whole model its own.
+
+    Raises
+    ------
+    InputError, BackendError
+        For a runtime that does not exist or does not work here, or a model of several inputs.
+    """
+    check_runtime(target.runtime)
+    example = _single_input(prepared)
+    kinds: dict[str, list[LayerAnalysis]] = {}
+    for layer in analysis.layers:
+        kinds.setdefault(_kind(prepared, layer.cost.name), []).append(layer)
+    for kind, layers in kinds.items():
+        timed = _timed(prepared, kind, layers, target)
+        for layer in layers:
+            layer.cost = replace(layer.cost, seconds=_coefficients(layer, timed))
+    model = _deployable(prepared.original)
+    timings = time_layers(
+        {"dense": (model, example)}, [], runtime=target.runtime, threads=target.threads
+    )
+    analysis.totals["latency"] = float(np.median(timings.seconds["dense"]))
+    analysis.latency = target.as_dict()
+
+
+def measured_latency(
+    prepared: Prepared, model: nn.Module, target: LatencyTarget
+) -> dict[str, float]:
+    """Seconds of the original and of a compressed model, timed in turn; and their ratio."""
+    example = _single_input(prepared)
+    cases: dict[str, Case] = {
+        "dense": (_deployable(prepared.original), example),
+        "compressed": (for_deployment(_deployable(model)), example),
+    }
+    timings = time_layers(
+        cases,
+        [("dense", "compressed")],
+        runtime=target.runtime,
+        threads=target.threads,
+        time_limit_s=target.time_limit_s / 2,
+    )
+    dense, compressed = timings.seconds["dense"], timings.seconds["compressed"]
+    return {
+        "dense_s": float(np.median(dense)),
+        "compressed_s": float(np.median(compressed)),
+        "ratio": float(np.median(compressed / dense)),
+    }
+
+
+def planned_model(prepared: Prepared, plan: Plan) -> nn.Module:
+    """The model that a plan leads to, with random weights: it takes as long as the real one."""
+    model = copy.deepcopy(prepared.original)
+    for layer in plan.layers:
+        if layer.structure is not None:
+            dense = model.get_submodule(layer.name)
+            set_module(model, layer.name, _module(dense, layer.structure))
+    return model
+
+
+def allocate_measured(
+    prepared: Prepared,
+    analysis: Analysis,
+    keep: dict[str, float],
+    target: LatencyTarget,
+    tries: int = 3,
+) -> tuple[Plan, dict[str, float]]:
+    """A plan whose whole-model latency, measured, is within the budget.
+
+    Each try corrects the request by what the last plan missed.
+
+    Returns
+    -------
+    plan : Plan
+    measured : dict
+        See `measured_latency`; of the plan with random weights.
+    """
+    request, found = dict(keep), []
+    for _ in range(tries):
+        plan = analysis.allocate(request)
+        measured = measured_latency(prepared, planned_model(prepared, plan), target)
+        found.append((plan, measured))
+        miss = measured["ratio"] / keep["latency"]
+        if 0.97 <= miss <= 1.0:
+            break
+        request["latency"] = min(1.0, request["latency"] * 0.985 / miss)
+    within = [pair for pair in found if pair[1]["ratio"] <= keep["latency"]]
+    plan, measured = max(within or found[-1:], key=lambda pair: pair[1]["ratio"])
+    plan.keep = keep
+    return plan, measured
+
+
+def _single_input(prepared: Prepared) -> tuple[int, ...]:
+    batch = prepared.first_sample
+    if len(batch) != 1 or not batch[0].is_floating_point():
+        raise InputError(
+            complain(
+                "a latency budget for a model of several inputs or of whole numbers",
+                "one floating-point tensor",
+                "Ask for params or flops.",
+            )
+        )
+    return tuple(batch[0].shape)
+
+
+def _deployable(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().float().eval()
+
+
+def _kind(prepared: Prepared, name: str) -> str:
+    """Layers of one kind take equally long."""
+    layer, site = prepared.original.get_submodule(name), prepared.sites[name]
+    return f"{layer!r} {tuple(site.input_shape[1:])} {prepared.form(name)}"
+
+
+def _timed(
+    prepared: Prepared, kind: str, layers: list[LayerAnalysis], target: LatencyTarget
+) -> dict[str, float]:
+    """Seconds by structure (as text) and of ``dense``, timed or from the cache."""
+    path = target.file(kind)
+    if path.exists():
+        return load_json(path)
+    layer = layers[0]
+    name = layer.cost.name
+    dense = _deployable(prepared.original.get_submodule(name))
+    shape = (1, *prepared.sites[name].input_shape[1:])
+    cases: dict[str, Case] = {"dense": (dense, shape)}
+    for structure in _spread(layer):
+        module = _module(dense, structure)
+        deployed = for_deployment(nn.Sequential(module)).eval()
+        cases[json.dumps([structure.form, structure.r, structure.s, structure.k])] = (
+            deployed,
+            shape,
+        )
+    timings = time_layers(
+        cases,
+        [("dense", key) for key in cases if key != "dense"],
+        runtime=target.runtime,
+        threads=target.threads,
+        precision=0.05,
+        time_limit_s=target.time_limit_s / max(len(prepared.chosen), 1),
+    )
+    seconds = {key: float(np.median(values)) for key, values in timings.seconds.items()}
+    save_json(path, seconds)
+    return seconds
+
+
+def _spread(layer: LayerAnalysis) -> list[Structure]:
+    """The best structures at costs spread from the cheapest to the dense layer's."""
+    costs = np.array([layer.cost.cost(point.structure, "flops") for point in layer.points])
+    errors = np.array([point.error for point in layer.points])
+    found: list[Structure] = []
+    limits = np.geomspace(costs.min(), layer.cost.dense("flops"), TIMED + 1)[1:]
+    for number, limit in enumerate(limits):
+        inside = np.flatnonzero(costs <= limit)
+        if number % 3 == 2:  # some without A, so that every part's share can be told
+            plain = [i for i in inside if layer.points[i].structure.s == 0]
+            inside = np.array(plain or inside)
+        best = layer.points[int(inside[np.argmin(errors[inside])])].structure
+        if best not in found:
+            found.append(best)
+    return found
+
+
+def _coefficients(layer: LayerAnalysis, timed: dict[str, float]) -> tuple[float, ...]:
+    """Seconds of the dense layer, then those of each of the `parts` of a structure."""
+    rows, seconds = [], []
+    for key, value in timed.items():
+        if key != "dense":
+            form, r, s, k = json.loads(key)
+            rows.append(layer.cost.parts(Structure(form, s, k, r)))
+            seconds.append(value)
+    weighted = np.array(rows) / np.array(seconds)[:, None]
+    found, _ = nnls(weighted, np.ones(len(rows)))
+    return (timed["dense"], *found.tolist())
+
+
+def _module(dense: nn.Module, structure: Structure) -> nn.Module:
+    """A decomposed layer of a structure, with random weights, in the place of a dense one."""
+    rng = np.random.default_rng(0)
+    adapter = adapter_for(dense)
+    n, kernel_size = len(dense.weight), adapter.kernel_size(dense)
+    taps = int(np.prod(kernel_size, dtype=int))
+    channels = dense.weight[0].numel() // taps
+    mixed, taps = grouping(structure.form, channels, kernel_size)
+    r = structure.r
+    basis = None if r is None else rng.normal(size=(r, mixed)).astype("f4")
+    width = (mixed if r is None else r) * taps
+    group = 1 if structure.form == "columns" else taps
+    kept = np.arange(structure.s)
+    if r is None:
+        kept = np.sort(rng.permutation(width // group)[: structure.s])
+    columns = (kept[:, None] * group + np.arange(group)).reshape(-1)
+
+    def factor(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype("f4") / max(shape[-1], 1) ** 0.5
+
+    decomposition = Decomposition(
+        structure.form,
+        columns,
+        factor(n, len(columns)),
+        factor(n, structure.k),
+        factor(structure.k, width - len(columns)),
+        np.zeros(n, "f4"),
+        channels,
+        kernel_size,
+        basis,
+    )
+    return adapter.build(dense, decomposition)

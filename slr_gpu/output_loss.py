@@ -1,0 +1,91 @@
+"""How far a changed model's output is from the original's, without labels.
+
+In: what both return for the same batch. Out: a sum and a count, for a mean over batches:
+
+    kl    sum_i sum_c p_ic (log p_ic - log q_ic)   of rows of class scores (N, C), in nats
+    mse   ||y - y'||^2 / ||y||^2                   of anything else, all tensors of the output
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, ModelError, complain
+
+LOSSES = ("kl", "mse")
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All floating-point tensors in what a model returned, in order."""
+    return [t for t in _walk(output) if t.is_floating_point()]
+
+
+def _walk(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _walk(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _walk(item)
+
+
+def choose_loss(name: str, output: Any) -> str:
+    """``"auto"`` is ``kl`` for one matrix (N, C) of two columns or more, else ``mse``.
+
+    Raises
+    ------
+    InputError
+        For another name.
+    ModelError
+        When the model returns no floating-point tensor.
+    """
+    found = tensors_of(output)
+    if not found:
+        raise ModelError(
+            complain(
+                f"a model that returns {type(output).__name__}",
+                "tensors of floating-point numbers",
+                "Its output cannot be compared; use allocation='uniform' and refine=False.",
+            )
+        )
+    if name == "auto":
+        scores = len(found) == 1 and found[0].ndim == 2 and found[0].shape[1] > 1
+        return "kl" if scores else "mse"
+    if name not in LOSSES:
+        raise InputError(
+            complain(f"loss={name!r}", f"one of auto, {', '.join(LOSSES)}", "Check the name.")
+        )
+    return name
+
+
+def output_loss(loss: str, wanted: Any, got: Any) -> tuple[Tensor, Tensor]:
+    """A sum over the batch and what to divide it by; differentiable in `got`.
+
+    Parameters
+    ----------
+    loss : {"kl", "mse"}
+    wanted, got : what the original and the changed model return
+    """
+    wanted, got = tensors_of(wanted), tensors_of(got)
+    if loss == "kl":
+        log_p, log_q = (t[0].double().log_softmax(1) for t in (wanted, got))
+        total = (log_p.exp() * (log_p - log_q)).sum()
+        return total, torch.tensor(float(len(log_p)), dtype=torch.float64)
+    total = sum((w - g).double().square().sum() for w, g in zip(wanted, got, strict=True))
+    return total, sum(w.double().square().sum() for w in wanted)
+
+
+def mean_loss(loss: str, wanted: list[Any], got: Any) -> float:
+    """The mean over batches: one output of the original's for each of an iterable's."""
+    total = count = 0.0
+    with torch.no_grad():
+        for reference, output in zip(wanted, got, strict=True):
+            part, size = output_loss(loss, reference, output)
+            total, count = total + float(part), count + float(size)
+    return max(total, 0.0) / max(count, 1e-30)

@@ -1,0 +1,360 @@
+"""A model made ready: settings checked, a copy with BatchNorms folded, what can be compressed.
+
+In: the user's model, calibration data and `Settings`. Out: a `Prepared`, on which `analyze` and
+`apply` work: the copy that is changed layer by layer, an original beside it, the layers that are
+compressed with their costs, and why the others are not. The user's model is never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .adapters import adapter_for
+from .budget import LayerCost
+from .capture import (
+    Batch,
+    References,
+    Sampler,
+    as_batches,
+    first_tensor,
+    record_references,
+    run_model,
+)
+from .decomposition import is_separable
+from .errors import InputError, ModelError, complain
+from .graph import LayerSite, find_sites, fold_batch_norm
+from .layer_budget import check_form
+from .ops import get_ops
+from .progress import Advance
+from .solvers import SOLVERS, Majorize, Solver
+
+_OVERRIDES = ("keep", "form")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How layers are sampled, fitted and chosen; see `slr_gpu.compress` for each of them.
+
+    Raises
+    ------
+    InputError, BudgetError
+        For values that cannot be worked with.
+    """
+
+    form: str = "auto"
+    solver: Solver = field(default_factory=Majorize)
+    objective: str = "activation"
+    asymmetric: bool = True
+    samples: int = 15_000
+    held_out: float = 0.1
+    ridge: float | str = "auto"
+    ignore: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keep_ends: bool = True
+    multiple: int = 1
+    batch_size: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise InputError(
+                complain(
+                    f"solver={self.solver!r}", "an instance of a solver", "For example Majorize()."
+                )
+            )
+        check_form(self.form, spatial=True, known=self.solver.forms)
+        for name in ("samples", "batch_size", "multiple"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(complain(f"{name}={value!r}", "an integer >= 1", "Raise it."))
+        names = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+        object.__setattr__(self, "ignore", names)
+        for pattern, option in self.overrides.items():
+            if not isinstance(option, dict) or set(option) - set(_OVERRIDES):
+                raise InputError(
+                    complain(
+                        f"overrides[{pattern!r}]={option!r}",
+                        f"a dict with {' or '.join(_OVERRIDES)}",
+                        "For example {'keep': 0.5}.",
+                    )
+                )
+            fraction = option.get("keep", 1.0)
+            if not 0 < fraction <= 1:
+                raise InputError(
+                    complain(f"overrides[{pattern!r}] keep={fraction}", "a fraction in (0, 1]", "")
+                )
+            check_form(option.get("form", "auto"), spatial=True, known=self.solver.forms)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values["ignore"] = list(self.ignore)
+        values["solver"] = {"name": self.solver.name, **asdict(self.solver)}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """What `as_dict` gave.
+
+        Raises
+        ------
+        InputError
+            For names or values that are none of these settings.
+        """
+        try:
+            values = dict(values)
+            solver = dict(values.pop("solver"))
+            return cls(solver=SOLVERS[solver.pop("name")](**solver), **values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                complain(
+                    f"settings that do not work: {type(error).__name__}: {error}",
+                    "those that analyze wrote",
+                    "Undo the change, or analyze again.",
+                )
+            ) from error
+
+
+class Prepared:
+    """A model and its calibration data, ready to be analysed or compressed.
+
+    Parameters
+    ----------
+    model : nn.Module
+    calibration_data : see `slr_gpu.capture.as_batches`
+    settings : Settings
+    device : str
+
+    Attributes
+    ----------
+    source : nn.Module
+        The user's.
+    original, work : nn.Module
+        Copies in eval mode, BatchNorms folded; layers of `work` get replaced.
+    sites : dict of str to LayerSite
+    reasons : dict of str to str
+        Why layers stay dense.
+    chosen : list of LayerSite
+        The layers that are compressed, in the order of execution.
+    options : dict of str to dict
+        The user's overrides by the name of a layer.
+    costs : dict of str to LayerCost
+        Of the chosen layers.
+    totals : dict of str to float
+        What the whole dense model costs, with the biases its compressed layers will have.
+    batches : list of tuple
+    sampler : Sampler
+
+    Raises
+    ------
+    InputError, ModelError, BackendError
+        See `slr_gpu.compress`.
+    """
+
+    def __init__(
+        self, model: nn.Module, calibration_data: Any, settings: Settings, device: str
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                complain(f"model of {type(model).__name__}", "an nn.Module", "Build it first.")
+            )
+        self.settings, self.source = settings, model
+        self.ops = get_ops(device)
+        self.batches = as_batches(calibration_data, model, settings.batch_size)
+        _check_weights(model)
+        self.work = _copy(model)
+        if self.ops.device != "cpu":
+            self.work.to(self.ops.device)
+        with torch.no_grad():
+            self.sites = find_sites(self.work, lambda: run_model(self.work, self.first_sample))
+        for site in self.sites.values():
+            if site.batch_norm is not None and adapter_for(self.work.get_submodule(site.name)):
+                fold_batch_norm(self.work, site)
+        self.original = copy.deepcopy(self.work)
+        self.reasons = _reasons(self.work, self.sites, settings.ignore, settings.keep_ends)
+        self.chosen = [site for name, site in self.sites.items() if name not in self.reasons]
+        self.options = _options(settings.overrides, [site.name for site in self.chosen])
+        if not self.chosen:
+            raise InputError(
+                complain(
+                    "a model without a layer to compress: "
+                    + ("; ".join(f"{n}: {r}" for n, r in self.reasons.items()) or "no layers"),
+                    "at least one convolution or linear layer",
+                    "Check ignore=, or pass keep_ends=False.",
+                )
+            )
+        self.costs = {
+            site.name: _cost(site, self.work.get_submodule(site.name)) for site in self.chosen
+        }
+        self.totals = self._totals()
+        self.batch_sizes = [len(first_tensor(batch)) for batch in self.batches]
+        self.sample_count = sum(self.batch_sizes)
+        self.sampler = Sampler(settings.samples, self.sample_count, settings.seed)
+        self._references: References | None = None
+
+    @property
+    def first_sample(self) -> Batch:
+        return tuple(i[:1] if isinstance(i, torch.Tensor) else i for i in self.batches[0])
+
+    @property
+    def example(self) -> Batch:
+        """Two samples, so that exporting need not take a batch of one for a constant."""
+        return tuple(
+            item[:2].detach().cpu().clone() if isinstance(item, torch.Tensor) else item
+            for item in self.batches[0]
+        )
+
+    def form(self, name: str) -> str:
+        """The form asked for, or ``auto`` where it does not apply (by the layer's kernel)."""
+        form = self.options.get(name, {}).get("form", self.settings.form)
+        kernel_size = self.costs[name].kernel_size
+        applies = {"rotated": math.prod(kernel_size) > 1, "spatial": is_separable(kernel_size)}
+        return form if applies.get(form, True) else "auto"
+
+    def references(self, advance: Advance = lambda samples: None) -> References:
+        """The original's responses of all chosen layers, from one pass that is made once."""
+        if self._references is None:
+            self._references = record_references(
+                self.original,
+                self.batches,
+                self.chosen,
+                self.sampler,
+                with_inputs=not self.settings.asymmetric,
+                ops=self.ops,
+                advance=advance,
+            )
+        else:
+            advance(self.sample_count)
+        return self._references
+
+    def restored(self) -> nn.Module:
+        """The compressed copy with the device, the dtype and the modes of the user's model."""
+        work, model = self.work, self.source
+        parameter = next(model.parameters())
+        work.to(parameter.device)
+        if parameter.element_size() < 4:
+            work.to(parameter.dtype)
+        modes = {name: module.training for name, module in model.named_modules()}
+        for name, module in work.named_modules():
+            while name not in modes:  # inside a replaced layer
+                name = name.rpartition(".")[0]
+            module.training = modes[name]
+        return work
+
+    def _totals(self) -> dict[str, float]:
+        added = [self.work.get_submodule(site.name) for site in self.chosen]
+        biases = sum(len(layer.weight) for layer in added if layer.bias is None)
+        return {
+            "params": sum(p.numel() for p in self.work.parameters()) + biases,
+            "flops": count_flops(self.work, self.first_sample)[0] / 2,
+        }
+
+
+def count_flops(model: nn.Module, batch: Batch) -> tuple[int, dict[str, int]]:
+    """FLOPs of one call, in total and by module, as torch counts them."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        run_model(model, batch)
+    root = type(model).__name__
+    by_module = {
+        name.removeprefix(f"{root}.") if name != root else "": sum(counts.values())
+        for name, counts in counter.get_flop_counts().items()
+    }
+    return counter.get_total_flops(), by_module
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        work = copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            complain(
+                f"{type(error).__name__} while copying the model: {error}",
+                "a model that copy.deepcopy can copy",
+                "Remove what cannot be copied (open files, hooks on closures, non-leaf tensors).",
+            )
+        ) from error
+    # What watches the user's model stays with it. Hooks before a forward may be part of the
+    # function (spectral_norm) and stay with the copy too.
+    for module in work.modules():
+        module._forward_hooks.clear()
+        module._backward_hooks.clear()
+    parameter = next(work.parameters(), None)
+    if parameter is not None and parameter.element_size() < 4:
+        work = work.float()  # fitted in float32, handed back in the model's own dtype
+    return work.eval()
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                complain(f"NaN or Inf in {name}", "finite weights", "Check the checkpoint.")
+            )
+
+
+def _match(pattern: str, names: list[str], what: str) -> list[str]:
+    found = fnmatch.filter(names, pattern)
+    if not found:
+        raise InputError(
+            complain(f"{what}={pattern!r}", f"a name or pattern of {', '.join(names)}", "Check it.")
+        )
+    return found
+
+
+def _reasons(
+    model: nn.Module, sites: dict[str, LayerSite], ignore: tuple[str, ...], keep_ends: bool
+) -> dict[str, str]:
+    """Why layers stay dense, by name."""
+    reasons: dict[str, str] = {}
+    names = list(sites)
+    for pattern in ignore:
+        for name in _match(pattern, names, "ignore"):
+            reasons[name] = "ignored by name"
+    ran = [name for name, site in sites.items() if site.calls]
+    for name, site in sites.items():
+        layer = model.get_submodule(name)
+        if not site.calls:
+            reasons.setdefault(name, "not reached by the calibration data")
+        elif site.calls > 1:
+            reasons.setdefault(name, f"called {site.calls} times in one pass")
+        elif adapter_for(layer).unsupported(layer):
+            reasons.setdefault(name, adapter_for(layer).unsupported(layer))
+    if keep_ends and ran:
+        reasons.setdefault(ran[0], "first layer")
+        reasons.setdefault(ran[-1], "last layer")
+    return reasons
+
+
+def _options(overrides: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict]:
+    """The overrides by the name of a layer."""
+    options: dict[str, dict[str, Any]] = {}
+    for pattern, option in overrides.items():
+        for name in _match(pattern, names, "overrides"):
+            options.setdefault(name, {}).update(option)
+    return options
+
+
+def _cost(site: LayerSite, layer: nn.Module) -> LayerCost:
+    adapter = adapter_for(layer)
+    taps = math.prod(adapter.kernel_size(layer))
+    n = len(layer.weight)
+    x, y = (torch.empty(s, device="meta") for s in (site.input_shape, site.output_shape))
+    return LayerCost(
+        site.name,
+        n,
+        layer.weight[0].numel() // taps,
+        taps,
+        adapter.positions(layer, y),
+        adapter.positions(layer, x),
+        adapter.kernel_size(layer),
+        adapter.spatial_positions(layer, x, y),
+    )

@@ -1,0 +1,296 @@
+"""All compressed layers trained together towards the original's outputs, without labels.
+
+In: the compressed copy, the original and calibration batches. Out: the same copy with better
+factors, or as it was. Adam (Kingma and Ba 2015) on the loss of `slr_gpu.output_loss`, each
+tensor's step a fraction of its root mean square, so that factors of different scale move alike;
+the rate rises briefly and falls as half a cosine. Inputs are mixed in pairs,
+x = a x_i + (1 - a) x_j: the original answers for any input, so mixtures are further calibration
+data (Beyer et al. 2022, "a good teacher is patient and consistent"). The weights of the epoch
+with the least loss on held-out samples are kept, if it is less than before.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .capture import Batch, full_precision, run_model
+from .checkpoint import Store
+from .errors import InputError, complain
+from .output_loss import choose_loss, mean_loss, output_loss
+from .prepare import Prepared
+from .progress import progress_bar
+from .sensitivity import held_out_batches
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Settings of the joint refinement.
+
+    Attributes
+    ----------
+    epochs : int
+        Passes over the calibration data.
+    rate : float
+        Largest step of a tensor, as a fraction of its root mean square.
+    copies : int
+        Sets of inputs, each for every so many epochs: the samples as they are, then mixtures of
+        them, where inputs are floating-point numbers. 1 is without mixtures.
+    batch_size : int
+    seed : int
+    """
+
+    epochs: int = 9
+    rate: float = 2e-3
+    copies: int = 3
+    batch_size: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("epochs", 1), ("copies", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < lowest:
+                raise InputError(
+                    complain(f"{name}={value!r} of the refinement", f"an integer >= {lowest}", "")
+                )
+        if not isinstance(self.rate, numbers.Real) or not self.rate > 0:
+            raise InputError(
+                complain(f"rate={self.rate!r} of the refinement", "a number > 0", "2e-3 is usual.")
+            )
+
+    @classmethod
+    def of(cls, value: bool | Refinement) -> Refinement | None:
+        """``True`` is the default settings, ``False`` none."""
+        if isinstance(value, Refinement):
+            return value
+        if not isinstance(value, bool):
+            raise InputError(
+                complain(
+                    f"refine={value!r}", "True, False or a Refinement", "refine=True is usual."
+                )
+            )
+        return cls() if value else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def refine_model(
+    prepared: Prepared,
+    names: list[str],
+    settings: Refinement,
+    loss: str,
+    store: Store | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Refine the layers of these names in ``prepared.work``, in place.
+
+    Parameters
+    ----------
+    loss : {"auto", "kl", "mse"}
+    store : Store, optional
+        Where the state after each epoch is written, and read from if it is there.
+
+    Returns
+    -------
+    dict
+        ``loss``, its value on held-out samples ``before`` and ``after``, ``kept``, ``seconds``.
+    """
+    began = time.perf_counter()
+    work, original = prepared.work, prepared.original
+    fitted, held = held_out_batches(prepared.batches, prepared.settings.held_out)
+    with torch.no_grad():
+        wanted = [run_model(original, batch) for batch in held]
+    loss = choose_loss(loss, wanted[0])
+    parameters = [p for name in names for p in work.get_submodule(name).parameters()]
+    trainer = _Trainer(parameters, settings)
+    batches = _Batches(original, fitted, settings)
+    steps = settings.epochs * len(batches)
+
+    def judge() -> float:
+        return mean_loss(loss, wanted, (run_model(work, batch) for batch in held))
+
+    before = trainer.best = judge()
+    first = 0 if store is None else trainer.load(store)
+    bar = progress_bar("refining all layers", steps, show=progress)
+    with bar as advance, full_precision(), _only_these_train(work, parameters):
+        advance(first * len(batches))
+        for epoch in range(first, settings.epochs):
+            for number, (batch, target) in enumerate(batches.of_epoch(epoch)):
+                total, count = output_loss(loss, target, run_model(work, batch))
+                trainer.step(total / count, (epoch * len(batches) + number) / steps)
+                advance(1)
+            trainer.note(judge())
+            if store is not None:
+                trainer.save(store, epoch + 1)
+    trainer.restore_best()
+    return {
+        "loss": loss,
+        "before": before,
+        "after": trainer.best,
+        "kept": trainer.best < before,
+        "seconds": time.perf_counter() - began,
+        **settings.as_dict(),
+    }
+
+
+@contextmanager
+def _only_these_train(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients for some parameters alone; afterwards all is as it was."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, wanted in before:
+            p.grad = None
+            p.requires_grad_(wanted)
+
+
+class _Trainer:
+    """Adam on some parameters, the best values seen, and both on disk."""
+
+    def __init__(self, parameters: list[nn.Parameter], settings: Refinement) -> None:
+        self.parameters = parameters
+        self.best, self.best_values = math.inf, self._values()
+        # A fraction of the root mean square of each tensor as it is now.
+        self.scales = [settings.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
+        self.adam = torch.optim.Adam([{"params": [p]} for p in parameters], lr=settings.rate)
+
+    def _values(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.parameters]
+
+    def step(self, loss: Tensor, share: float) -> None:
+        """One step; `share` of all of them are done."""
+        for group, scale in zip(self.adam.param_groups, self.scales, strict=True):
+            group["lr"] = scale * schedule(share)
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        self.adam.step()
+
+    def note(self, error: float) -> None:
+        """Remember the values if this error is the least so far; NaN is not."""
+        if error < self.best:
+            self.best, self.best_values = error, self._values()
+
+    def restore_best(self) -> None:
+        with torch.no_grad():
+            for p, value in zip(self.parameters, self.best_values, strict=True):
+                p.copy_(value)
+
+    def save(self, store: Store, epochs: int) -> None:
+        """Write all that the epochs to come depend on."""
+        arrays = {}
+        for number, (p, best) in enumerate(zip(self.parameters, self.best_values, strict=True)):
+            state = self.adam.state[p]
+            arrays[f"{number}.value"], arrays[f"{number}.best"] = p.detach(), best
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                arrays[f"{number}.{name}"] = state[name]
+        store.save_arrays(
+            "state",
+            {name: tensor.cpu().numpy() for name, tensor in arrays.items()},
+            {"epochs": str(epochs), "best": repr(self.best)},
+        )
+
+    def load(self, store: Store) -> int:
+        """Read what `save` wrote; the number of epochs done, 0 where there is nothing."""
+        found = store.load_arrays("state")
+        if found is None:
+            return 0
+        arrays, facts = found
+        for number, p in enumerate(self.parameters):
+            tensors = {
+                name: torch.from_numpy(arrays[f"{number}.{name}"])
+                for name in ("value", "best", "step", "exp_avg", "exp_avg_sq")
+            }
+            with torch.no_grad():
+                p.copy_(tensors.pop("value"))
+            self.best_values[number] = tensors.pop("best").to(p)
+            step = tensors.pop("step")
+            self.adam.state[p] = {"step": step, **{k: v.to(p) for k, v in tensors.items()}}
+        self.best = float(facts["best"])
+        return int(facts["epochs"])
+
+
+def schedule(share: float) -> float:
+    """Rate at a share of all steps, of its largest: a short rise, then half a cosine."""
+    return min(1.0, share / 0.05 + 0.05) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class _Batches:
+    """Calibration samples and mixtures of them, each with what the original returns for it.
+
+    There are `copies` sets of batches, the first without mixtures; an epoch goes through one of
+    them. Samples are shuffled across batches where all have one shape; else batches are.
+    """
+
+    def __init__(self, original: nn.Module, batches: list[Batch], settings: Refinement) -> None:
+        self.original, self.batches, self.settings = original, batches, settings
+        shapes = {
+            tuple(tuple(i.shape[1:]) if isinstance(i, Tensor) and i.ndim else None for i in batch)
+            for batch in batches
+        }
+        self.joined: Batch | None = None
+        if len(shapes) == 1 and None not in next(iter(shapes)):
+            self.joined = tuple(torch.cat(items) for items in zip(*batches, strict=True))
+        mixes = all(isinstance(i, Tensor) and i.is_floating_point() for i in batches[0])
+        self.copies = settings.copies if mixes else 1
+        self._wanted: dict[tuple[int, int], Any] = {}
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        if self.joined is None:
+            return len(self.batches)
+        return max(1, len(self.joined[0]) // self.settings.batch_size)
+
+    def of_epoch(self, epoch: int) -> Iterator[tuple[Batch, Any]]:
+        """Batches of an epoch with the original's outputs; the same whenever they are asked for."""
+        copy = epoch % self.copies
+        order = torch.randperm(len(self), generator=self._generator(self.copies + epoch))
+        batches = self._of_copy(copy)
+        for number in order.tolist():
+            batch, key = batches[number], (copy, number)
+            if key not in self._wanted:
+                with torch.no_grad():
+                    self._wanted[key] = run_model(self.original, batch)
+            yield batch, self._wanted[key]
+
+    def _of_copy(self, copy: int) -> list[Batch]:
+        generator = self._generator(copy)
+        if self.joined is None:
+            batches = self.batches
+        else:
+            order = torch.randperm(len(self.joined[0]), generator=generator)
+            size = min(self.settings.batch_size, len(order))
+            parts = order[: len(self) * size].split(size)
+            batches = [tuple(item[rows] for item in self.joined) for rows in parts]
+        return batches if copy == 0 else [self._mixed(batch, generator) for batch in batches]
+
+    def _generator(self, number: int) -> torch.Generator:
+        seed = np.random.SeedSequence([self.settings.seed, number]).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(seed))
+
+    @staticmethod
+    def _mixed(batch: Batch, generator: torch.Generator) -> Batch:
+        """Every sample mixed with another of the batch."""
+        count = len(batch[0])
+        share = torch.rand(count, generator=generator)
+        partner = torch.randperm(count, generator=generator)
+        mixed = []
+        for item in batch:
+            a = share.to(item).reshape(-1, *(1,) * (item.ndim - 1))
+            mixed.append(a * item + (1 - a) * item[partner.to(item.device)])
+        return tuple(mixed)

@@ -1,0 +1,292 @@
+"""Measure what each layer loses at what cost, and what that does to the model's output.
+
+In: a model and unlabelled calibration data. Out: an `Analysis`. Layer by layer, all on inputs from
+the original: the errors of closed forms over a grid (`slr_gpu.tradeoff`), and the loss of the
+model's output on held-out samples when this layer alone is replaced by one of three of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .analysis import Analysis, LayerAnalysis, check_allocation
+from .capture import Batch, Frontier, full_precision, layer_io, run_model
+from .checkpoint import Store, fingerprint
+from .errors import InputError, complain
+from .graph import set_module
+from .knapsack import undominated
+from .latency import LatencyTarget, add_latency
+from .output_loss import choose_loss, mean_loss
+from .prepare import Prepared, Settings
+from .problem import ResponseProblem
+from .progress import progress_bar
+from .shares import pca_energies
+from .tradeoff import Point, TradeOff
+
+# Shares of a dense layer's weights at which its effect on the output is measured.
+PROBED = (0.05, 0.15, 0.4)
+# Points kept beside the best ones: another resource may prefer them.
+SLACK = 1.3
+# Held-out samples that judge outputs, at most.
+JUDGES = 500
+
+
+def analyze(
+    model: nn.Module,
+    calibration_data: Any,
+    *,
+    allocation: str = "output",
+    loss: str = "auto",
+    eval_fn: Callable[[nn.Module], float] | None = None,
+    latency: LatencyTarget | None = None,
+    cache: str | Path | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+    **settings: Any,
+) -> Analysis:
+    """Measure how each layer trades its error for its cost; the first step of `compress`.
+
+    Parameters
+    ----------
+    model, calibration_data
+        See `slr_gpu.compress`.
+    allocation : {"output", "response", "pca_energy", "uniform"}
+        What will be asked of the analysis; less is measured for the later ones.
+    loss : {"auto", "kl", "mse"}
+        How outputs are compared; see `slr_gpu.output_loss`.
+    eval_fn : callable, optional
+        ``eval_fn(model) -> float``, higher is better: measured instead of `loss`.
+    latency : LatencyTarget, optional
+        Also time layers there, so that plans can be made for latency budgets.
+    cache : path, optional
+        Folder in which finished layers wait; the same model, data and settings are not measured
+        again.
+    device, progress
+        See `slr_gpu.compress`.
+    **settings
+        Of `slr_gpu.prepare.Settings`, all explained in `slr_gpu.compress`: form, solver,
+        objective, samples, held_out, ridge, ignore, overrides, keep_ends, multiple, batch_size,
+        seed, asymmetric.
+
+    Returns
+    -------
+    Analysis
+        ``analysis.allocate(keep={"flops": 0.25})`` makes a plan of it.
+
+    Raises
+    ------
+    InputError, BudgetError, ModelError, BackendError
+        See `slr_gpu.compress`.
+    """
+    check_allocation(allocation)
+    prepared = Prepared(model, calibration_data, Settings(**settings), device)
+    store = None
+    if cache is not None:
+        facts = {"allocation": allocation, "loss": loss, "eval_fn": eval_fn is not None}
+        store = Store.named(cache, fingerprint(prepared) | facts)
+    analysis = measure(prepared, allocation, loss, eval_fn, store, progress)
+    if latency is not None:
+        add_latency(prepared, analysis, latency)
+    return analysis
+
+
+def measure(
+    prepared: Prepared,
+    allocation: str,
+    loss: str = "auto",
+    eval_fn: Callable[[nn.Module], float] | None = None,
+    store: Store | None = None,
+    progress: bool = True,
+) -> Analysis:
+    """What `analyze` does, for a model that is prepared."""
+    analysis = Analysis(
+        prepared.settings.as_dict(),
+        [LayerAnalysis(cost) for cost in prepared.costs.values()],
+        prepared.totals,
+        {name: o["keep"] for name, o in prepared.options.items() if "keep" in o},
+        allocation,
+    )
+    curves = allocation in ("response", "output")
+    if curves and not prepared.settings.solver.takes_structures:
+        raise InputError(
+            complain(
+                f"allocation={allocation!r} with the solver {prepared.settings.solver.name}",
+                "uniform or pca_energy: this solver chooses its own structures",
+                "Leave allocation out.",
+            )
+        )
+    if allocation == "uniform":
+        return analysis
+    count = len(prepared.chosen)
+    bar = progress_bar("original responses", 2 * count, show=progress)
+    with bar as advance, full_precision():
+        references = prepared.references(
+            lambda samples: advance(count * samples / prepared.sample_count)
+        )
+        if not curves:
+            for layer in analysis.layers:
+                targets = references.linear_targets[layer.cost.name]
+                layer.energies = pca_energies(targets).tolist()
+            return analysis
+        judge = None
+        if allocation == "output":
+            judge = _Judge(prepared, loss, eval_fn)
+            analysis.loss = judge.loss
+        names = [site.name for site in prepared.chosen]
+        frontier = Frontier(prepared.original, prepared.batches, names)
+        for layer, site in zip(analysis.layers, prepared.chosen, strict=True):
+            advance(0, description=f"analysing {site.name}")
+            done = None if store is None else store.load_json(site.name)
+            if done is None:
+                _measure(prepared, layer, frontier, judge)
+                if store is not None:
+                    store.save_json(site.name, layer.as_dict())
+            else:
+                measured = LayerAnalysis.from_dict(done)
+                layer.points, layer.effects = measured.points, measured.effects
+            advance(1)
+    return analysis
+
+
+def _measure(
+    prepared: Prepared, layer: LayerAnalysis, frontier: Frontier, judge: _Judge | None
+) -> None:
+    """Fill in the curve of a layer and what it does to the output."""
+    name, settings = layer.cost.name, prepared.settings
+    site, module = prepared.sites[name], prepared.original.get_submodule(name)
+    arrays = layer_io(
+        module,
+        site,
+        prepared.references(),
+        prepared.sampler,
+        frontier.inputs(name),
+        prepared.batch_sizes,
+    )
+    ridge = 1e-3 if settings.ridge == "auto" else settings.ridge
+    problem = ResponseProblem(arrays, ops=prepared.ops, ridge=ridge, held_out=settings.held_out)
+    tradeoff = TradeOff(problem, prepared.form(name), settings.multiple)
+    resources = tuple(prepared.totals)
+
+    def affordable(structure) -> bool:
+        return any(layer.cost.cost(structure, r) < layer.cost.dense(r) for r in resources)
+
+    points = tradeoff.points(affordable)
+    costs = np.array([[layer.cost.cost(p.structure, r) for r in resources] for p in points])
+    errors = np.array([point.error for point in points])
+    layer.points = [points[i] for i in undominated(errors, costs, SLACK)]
+    if judge is not None:
+        for point in _probed(layer):
+            replaced = _replaced(module, *tradeoff.weight(point.structure))
+            layer.effects.append((point.error, judge(name, replaced)))
+
+
+def _probed(layer: LayerAnalysis) -> list[Point]:
+    """The best points at the costs of `PROBED`, by weights."""
+    found: list[Point] = []
+    costs = np.array([layer.cost.cost(point.structure, "params") for point in layer.points])
+    errors = np.array([point.error for point in layer.points])
+    for share in PROBED:
+        limit = max(share * layer.cost.weights, costs.min())
+        best = layer.points[int(np.argmin(np.where(costs <= limit, errors, np.inf)))]
+        if best not in found:
+            found.append(best)
+    return found
+
+
+def _replaced(layer: nn.Module, weight: Any, bias: Any) -> nn.Module:
+    """A copy of a layer with another weight (n, m) and bias (n,)."""
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        tensors = [torch.as_tensor(array).to(layer.weight) for array in (weight, bias)]
+        other.weight = nn.Parameter(tensors[0].reshape(layer.weight.shape))
+        other.bias = nn.Parameter(tensors[1])
+    return other
+
+
+class _Judge:
+    """The loss of the model with one layer replaced, on held-out samples.
+
+    Parameters
+    ----------
+    prepared : Prepared
+    loss : str
+    eval_fn : callable, optional
+        What falls instead, on a model of its own.
+    """
+
+    def __init__(
+        self, prepared: Prepared, loss: str, eval_fn: Callable[[nn.Module], float] | None
+    ) -> None:
+        self.model, self.eval_fn = prepared.original, eval_fn
+        if eval_fn is not None:
+            self.loss, self.before = "eval_fn", float(eval_fn(self.model))
+            return
+        batches = held_out_batches(prepared.batches, prepared.settings.held_out)[1]
+        names = [site.name for site in prepared.chosen]
+        self.frontier = Frontier(self.model, _first(batches, JUDGES), names)
+        with torch.no_grad():
+            self.wanted = [run_model(self.model, batch) for batch in self.frontier.batches]
+        self.loss = choose_loss(loss, self.wanted[0])
+
+    def __call__(self, name: str, replaced: nn.Module) -> float:
+        if self.eval_fn is not None:
+            layer = self.model.get_submodule(name)
+            set_module(self.model, name, replaced)
+            try:
+                return self.before - float(self.eval_fn(self.model))
+            finally:
+                set_module(self.model, name, layer)
+        for _ in self.frontier.inputs(name):
+            pass
+        return mean_loss(self.loss, self.wanted, self.frontier.outputs(name, replaced))
+
+
+def held_out_batches(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
+    """Batches of the samples that layers are fitted on, and of those that judge.
+
+    The same samples as `LayerIO.split` holds out. All samples are in both where none are.
+    """
+    count = sum(len(_batch_tensor(batch)) for batch in batches)
+    if held_out == 0:
+        return batches, batches
+    step = max(2, round(1 / held_out))
+    fitted, held, start = [], [], 0
+    for batch in batches:
+        size = len(_batch_tensor(batch))
+        chosen = torch.arange(start, start + size) % step == min(step, count) - 1
+        start += size
+        for target, mask in ((fitted, ~chosen), (held, chosen)):
+            if mask.any():
+                target.append(_rows(batch, mask))
+    return fitted, held
+
+
+def _batch_tensor(batch: Batch) -> torch.Tensor:
+    return next(item for item in batch if isinstance(item, torch.Tensor))
+
+
+def _rows(batch: Batch, mask: torch.Tensor) -> Batch:
+    return tuple(
+        item[mask.to(item.device)]
+        if isinstance(item, torch.Tensor) and item.ndim and len(item) == len(mask)
+        else item
+        for item in batch
+    )
+
+
+def _first(batches: list[Batch], samples: int) -> list[Batch]:
+    """Batches with about so many samples."""
+    kept, total = [], 0
+    for batch in batches:
+        if total >= samples:
+            break
+        kept.append(batch)
+        total += len(_batch_tensor(batch))
+    return kept

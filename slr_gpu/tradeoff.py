@@ -1,0 +1,213 @@
+"""How the error of a layer after its activation falls with what the layer may cost.
+
+In: a `ResponseProblem`. Out: `TradeOff`, the held-out errors of closed forms over a grid of
+(form, r, s, k), and the weight of each of them. With F = T L the whitened target (see
+`slr_gpu.curves`) and H = X L^-T the whitened held-out rows, columns of S first, the response of
+the best A on S plus the best U V of rank k is
+
+    Z_k = z_mean + H_s F_sᵀ + (H_c F_cᵀ) U_k U_kᵀ,        U_k: leading eigenvectors of F_c F_cᵀ ,
+
+so that one product and one eigendecomposition of size n answer for every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .curves import rotated
+from .decomposition import Structure
+from .layer_budget import LayerBudget
+from .problem import ResponseProblem, metric_of, project
+from .support import SupportSearch, group_size
+
+Array = Any
+
+# Sizes of S and of the basis that are tried, and the ratio of neighbouring ranks.
+GRID = 12
+RANK_RATIO = 1.16
+# Held-out rows are thinned to about so many: they compare structures, they do not fit.
+JUDGES = 1024
+
+
+@dataclass(frozen=True)
+class Point:
+    """A structure and its error ``||Y - r(Z)||^2 / ||Y||^2`` on held-out rows.
+
+    On the fitted rows where none are held out.
+    """
+
+    structure: Structure
+    error: float
+
+
+class TradeOff:
+    """Errors of one layer's closed forms.
+
+    Parameters
+    ----------
+    problem : ResponseProblem
+        In the layer's own coordinates.
+    form : {"auto", "columns", "channels", "rotated", "spatial"}
+        ``auto`` is ``rotated`` for kernels of several taps and ``columns`` for others.
+    multiple : int
+        See `LayerBudget`.
+    """
+
+    def __init__(self, problem: ResponseProblem, form: str = "auto", multiple: int = 1) -> None:
+        if form == "auto":
+            form = "rotated" if problem.taps > 1 else "columns"
+        self.form = form
+        self.problem = problem.regrouped() if form == "spatial" else problem
+        self._step = LayerBudget(problem.n, problem.channels, problem.taps, (), multiple).step
+
+    @cached_property
+    def _ordered(self) -> ResponseProblem:
+        """The problem in the basis that orders the channels."""
+        return rotated(self.problem, self.problem.groups)
+
+    @cached_property
+    def _search(self) -> SupportSearch:
+        return SupportSearch(self.problem, group_size(self.form, self.problem.taps))
+
+    @cached_property
+    def _supports(self) -> dict[int, Array]:
+        """Kept groups at each size, from one elimination beside a part of middling rank."""
+        search = self._search
+        k = min(self.problem.n, self.problem.width) // 4
+        return search.shrink(self._sizes(search.groups), k)
+
+    def _sizes(self, most: int) -> list[int]:
+        """0 and a grid up to `most`, denser for small sizes."""
+        rounded = {1, *(round(most * ((i + 1) / GRID) ** 2) for i in range(GRID))} - {0}
+        return [0, *sorted({max(1, size - size % self._step(size)) for size in rounded})]
+
+    def _ranks(self, most: int) -> list[int]:
+        """1, ..., `most`, geometric."""
+        ranks, k = [], 1.0
+        while k < most:
+            ranks.append(round(k) - round(k) % self._step(round(k)))
+            k = max(k + 1, k * RANK_RATIO)
+        return sorted({*ranks, most - most % self._step(most)} - {0})
+
+    def points(self, affordable: Any = lambda structure: True) -> list[Point]:
+        """Held-out errors over the grid.
+
+        Parameters
+        ----------
+        affordable : callable
+            Whether a structure is of interest; the others are left out.
+        """
+        found = self._rotated() if self.form in ("rotated", "spatial") else self._supported()
+        points = []
+        for structures, fixed, moving, gram in found:
+            kept = [structure for structure in structures if affordable(structure)]
+            if kept:
+                points += self._judge(kept, fixed, moving, gram)
+        return points
+
+    def weight(self, structure: Structure) -> tuple[Array, Array]:
+        """The closed form of a structure on the grid.
+
+        Returns
+        -------
+        M, bias : float64 array, (n, m) and (n,)
+            In the layer's own coordinates.
+        """
+        if structure.r is None:
+            problem = self.problem
+            columns = self._columns(self._supports[structure.s])
+            metric, kept = metric_of(problem, columns)
+        else:
+            problem = self._ordered.truncated(structure.r)
+            metric, kept = problem.metric, structure.s * problem.taps
+        M = project(metric, metric.whiten(problem.start_rhs), kept, structure.k)[1]
+        bias = problem.linear_bias(M)
+        if problem.basis is not None:
+            in_basis = M.reshape(problem.n, structure.r, -1)
+            M = problem.ops.xp.einsum("nrt,rc->nct", in_basis, problem.basis, optimize=True)
+        return M.reshape(problem.n, -1), bias
+
+    # -- the two families ------------------------------------------------------------------------
+
+    def _rotated(self) -> Iterator[tuple[list[Structure], Array, Array, Array]]:
+        """For every (r, s): structures, ``H_s F_sᵀ``, ``H_c F_cᵀ`` and ``F_c F_cᵀ``."""
+        problem = self._ordered
+        F, H = self._whitened(problem, problem.metric)
+        sizes = self._sizes(problem.groups)
+        taps = problem.taps
+        xp = problem.ops.xp
+        # Sums up to each size, so that every pair (s, r) is one difference.
+        responses = [xp.zeros((len(H), problem.n), H.dtype)]
+        grams = [xp.zeros((problem.n, problem.n))]
+        for low, high in zip(sizes, sizes[1:], strict=False):
+            part = F[:, low * taps : high * taps]
+            rows = H[:, low * taps : high * taps]
+            responses.append(responses[-1] + rows @ part.astype(H.dtype).T)
+            grams.append(grams[-1] + part @ part.T)
+        for j, r in enumerate(sizes):
+            for i, s in enumerate(sizes[: j + 1]):
+                if r == 0:
+                    continue
+                ranks = self._ranks(min(problem.n, (r - s) * taps)) if r > s else []
+                ranks = ([0] if s else []) + ranks
+                structures = [Structure(self.form, s, k, r) for k in ranks]
+                yield structures, responses[i], responses[j] - responses[i], grams[j] - grams[i]
+
+    def _supported(self) -> Iterator[tuple[list[Structure], Array, Array, Array]]:
+        """The same for every support."""
+        problem = self.problem
+        for s, groups in sorted(self._supports.items()):
+            columns = self._columns(groups)
+            metric, kept = metric_of(problem, columns)
+            F, H = self._whitened(problem, metric)
+            most = min(problem.n, problem.width - kept)
+            ranks = ([0] if s else []) + (self._ranks(most) if most else [])
+            part = F[:, kept:]
+            fixed = H[:, :kept] @ F[:, :kept].astype(H.dtype).T
+            moving = H[:, kept:] @ part.astype(H.dtype).T
+            yield [Structure(self.form, s, k) for k in ranks], fixed, moving, part @ part.T
+
+    def _columns(self, groups: Array) -> Array:
+        xp, size = self.problem.ops.xp, self._search.size
+        return (groups[:, None] * size + xp.arange(size)[None]).reshape(-1)
+
+    def _whitened(self, problem: ResponseProblem, metric: Any) -> tuple[Array, Array]:
+        """F (n, m) in float64 and H (p, m) in the dtype of the data."""
+        rows = self._judges(problem)
+        H = metric.whiten(rows.X.astype(problem.ops.xp.float64))
+        return metric.whiten(problem.start_rhs), H.astype(rows.dtype)
+
+    @staticmethod
+    def _judges(problem: ResponseProblem) -> Any:
+        rows = problem.held if problem.held.rows else problem.samples
+        return rows.thinned(max(1, rows.rows // JUDGES))
+
+    def _judge(
+        self, structures: list[Structure], fixed: Array, moving: Array, gram: Array
+    ) -> list[Point]:
+        """Errors of structures that differ in their rank alone, ascending."""
+        problem = self.problem
+        ops, xp = problem.ops, problem.ops.xp
+        rows = self._judges(problem)
+        if problem.held.rows:
+            activation, Y = problem.layer_io.activation, rows.Y
+        else:
+            activation, Y = problem.activation, rows.Y
+        # Beyond the energy that rounding leaves, eigenvectors mean nothing; they do no harm.
+        most = max(structure.k for structure in structures)
+        U = xp.linalg.eigh(gram)[1][:, ::-1][:, :most].astype(Y.dtype) if most else None
+        along = moving @ U if most else None
+        Z = fixed + problem.z_mean.astype(Y.dtype)
+        energy = float(xp.sum(Y * Y, dtype="float64"))
+        points, done = [], 0
+        for structure in structures:
+            if structure.k > done:
+                Z = Z + along[:, done : structure.k] @ U[:, done : structure.k].T
+                done = structure.k
+            miss = activation.value(ops, Z) - Y
+            error = float(xp.sum(miss * miss, dtype="float64")) / max(energy, 1e-30)
+            points.append(Point(structure, error))
+        return points

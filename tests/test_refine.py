@@ -1,0 +1,163 @@
+"""The joint refinement: what it lowers, what it leaves alone, and outputs compared by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import slr_gpu
+from slr_gpu.capture import as_batches
+from slr_gpu.layer_io import LayerIO
+from slr_gpu.output_loss import choose_loss, mean_loss
+from slr_gpu.refine import _Batches
+from slr_gpu.sensitivity import held_out_batches
+
+
+def network(outputs=5):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(108, outputs),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def data():
+    coarse = torch.randn(200, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, scale_factor=2, mode="bilinear")
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_held_out_loss_falls_and_so_does_that_on_new_samples(data, loss):
+    model = network()
+    new = nn.functional.interpolate(torch.randn(300, 2, 3, 3), scale_factor=2, mode="bilinear")
+    run = {"allocation": "uniform", "loss": loss, "progress": False}
+    plain = slr_gpu.compress(model, data, {"flops": 0.3}, **run)
+    refine = slr_gpu.Refinement(epochs=6, rate=5e-3, batch_size=20)
+    refined = slr_gpu.compress(model, data, {"flops": 0.3}, refine=refine, **run)
+    facts = refined.report.refinement
+    assert facts["loss"] == loss and facts["kept"] and facts["after"] < facts["before"]
+    held = data[9::10]
+    with torch.no_grad():
+        wanted = [model(held)]
+        losses = [mean_loss(loss, wanted, [r.model(held)]) for r in (plain, refined)]
+        unseen = [mean_loss(loss, [model(new)], [r.model(new)]) for r in (plain, refined)]
+    assert losses == pytest.approx([facts["before"], facts["after"]], rel=1e-5)
+    assert unseen[1] < unseen[0]
+    # Only what was compressed has moved.
+    for name in ("0.weight", "7.weight"):
+        assert torch.equal(model.state_dict()[name], refined.model.state_dict()[name])
+    assert all(p.requires_grad and p.grad is None for p in refined.model.parameters())
+    assert "refined together" in str(refined.report)
+
+
+def test_a_refinement_that_does_not_help_is_dropped(data):
+    run = {"allocation": "uniform", "progress": False}
+    plain = slr_gpu.compress(network(), data, {"flops": 0.3}, **run)
+    wild = slr_gpu.Refinement(epochs=1, rate=3.0)
+    kept = slr_gpu.compress(network(), data, {"flops": 0.3}, refine=wild, **run)
+    assert not kept.report.refinement["kept"]
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, kept.model.state_dict()[name])
+    assert "dropped" in str(kept.report)
+
+
+def test_refinement_goes_on_from_its_last_epoch(data, tmp_path, monkeypatch):
+    from slr_gpu import refine as module
+
+    run = {"allocation": "uniform", "progress": False}
+    settings = slr_gpu.Refinement(epochs=4, batch_size=40)
+    whole = slr_gpu.compress(network(), data, {"flops": 0.3}, refine=settings, **run)
+    plain, notes = module._Trainer.note, []
+
+    def cut_short(self, error):
+        plain(self, error)
+        notes.append(error)
+        if len(notes) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Trainer, "note", cut_short)
+    run |= {"refine": settings, "checkpoint": tmp_path / "pieces"}
+    with pytest.raises(KeyboardInterrupt):
+        slr_gpu.compress(network(), data, {"flops": 0.3}, **run)
+    again = slr_gpu.compress(network(), data, {"flops": 0.3}, resume=True, **run)
+    assert len(notes) == 5  # two epochs were on disk, the third was done again
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+
+
+def test_the_same_samples_are_held_out_as_by_the_layers(data):
+    batches = as_batches(data, network(), 30)
+    fitted, held = held_out_batches(batches, 0.1)
+    rows = data.reshape(len(data), -1)
+    split = LayerIO(torch.ones(1, rows.shape[1]), None, rows).split(0.1)
+    ids = LayerIO(
+        torch.ones(1, 1),
+        None,
+        torch.ones(400, 1),
+        sample_ids=torch.arange(200).repeat_interleave(2),
+    ).split(0.1)[1]
+    assert torch.equal(torch.cat([b[0] for b in held]), data[sorted({i // 2 for i in ids})])
+    assert sum(len(b[0]) for b in fitted) + sum(len(b[0]) for b in held) == len(data)
+    assert len(split[0]) + len(split[1]) == len(data)
+
+
+def test_mixtures_are_between_two_samples_and_come_again():
+    data = torch.randn(40, 3)
+    model = nn.Linear(3, 2)
+    settings = slr_gpu.Refinement(epochs=4, copies=2, batch_size=10)
+    batches = _Batches(model, [(data[:25],), (data[25:],)], settings)
+    plain = torch.cat([batch for (batch,), _ in batches.of_epoch(0)])
+    assert torch.equal(plain.sort(0).values, data.sort(0).values)
+    mixed = [(batch, wanted) for (batch,), wanted in batches.of_epoch(1)]
+    again = [batch for (batch,), _ in batches.of_epoch(3)]
+    assert {tuple(x.flatten().tolist()) for x, _ in mixed} == {
+        tuple(x.flatten().tolist()) for x in again
+    }
+    for batch, wanted in mixed:
+        torch.testing.assert_close(wanted, model(batch))
+        for x in batch:
+            # On the segment between two of the samples: the triangle's inequality is an equality.
+            through = torch.cdist(data, x[None]) + torch.cdist(data, x[None]).T
+            gap = (through - torch.cdist(data, data)).fill_diagonal_(1).min()
+            nearest = torch.cdist(data, x[None]).min()
+            assert min(float(gap), float(nearest)) < 1e-4
+
+
+def test_outputs_compared_by_hand():
+    wanted, got = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    p, q = wanted[0].exp() / wanted[0].exp().sum(), got[0].exp() / got[0].exp().sum()
+    by_hand = float((p * (p / q).log()).sum()) / 2
+    assert mean_loss("kl", [wanted], [got]) == pytest.approx(by_hand, rel=1e-6)
+    assert mean_loss("mse", [wanted], [got]) == pytest.approx(1 / 5)
+    several = {"a": wanted, "b": [got, torch.tensor([3])]}
+    assert mean_loss("mse", [several], [copy.deepcopy(several)]) == 0
+    assert choose_loss("auto", wanted) == "kl"
+    assert choose_loss("auto", several) == choose_loss("auto", torch.ones(2, 1)) == "mse"
+    with pytest.raises(slr_gpu.ModelError, match="floating-point"):
+        choose_loss("auto", torch.tensor([1]))
+    with pytest.raises(slr_gpu.InputError, match="one of auto"):
+        choose_loss("accuracy", wanted)
+
+
+@pytest.mark.parametrize(
+    "settings,match",
+    [({"epochs": 0}, "epochs"), ({"rate": 0}, "rate"), ({"batch_size": 1.5}, "batch_size")],
+)
+def test_bad_settings(settings, match):
+    with pytest.raises(slr_gpu.InputError, match=match):
+        slr_gpu.Refinement(**settings)
+
+
+def test_refine_of_another_kind_is_refused_first(data):
+    with pytest.raises(slr_gpu.InputError, match="True, False or a Refinement"):
+        slr_gpu.compress(network(), data, {"flops": 0.3}, refine="yes", progress=False)
