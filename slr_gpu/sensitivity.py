@@ -109,7 +109,7 @@ def measure(
     analysis = Analysis(
         prepared.settings.as_dict(),
         [LayerAnalysis(cost) for cost in prepared.costs.values()],
-        prepared.totals,
+        dict(prepared.totals),
         {name: o["keep"] for name, o in prepared.options.items() if "keep" in o},
         allocation,
     )

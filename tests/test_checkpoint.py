@@ -100,10 +100,8 @@ def check_whole(folder):
 
 def test_killed_runs_end_in_the_same_bits(folder, server):
     begin, end = server
-    began = time.perf_counter()
     begin()
     assert end() == 0
-    seconds = time.perf_counter() - began
     wanted = (folder / "out" / "model.safetensors").read_bytes()
 
     def pieces():
@@ -114,8 +112,12 @@ def test_killed_runs_end_in_the_same_bits(folder, server):
     shutil.rmtree(folder / "out")
     rng, codes, sizes = np.random.default_rng(0), [], []
     for _ in range(10):
+        # At a random moment soon after up to two more pieces are there, however fast it runs.
+        enough, waited = len(pieces()) + rng.integers(3), time.perf_counter()
         child = begin()
-        time.sleep(rng.uniform(0, 0.3) * seconds)
+        while len(pieces()) < enough and time.perf_counter() - waited < 20:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
         with contextlib.suppress(ProcessLookupError):  # it may have finished
             os.kill(child, signal.SIGKILL)
         codes.append(end())
