@@ -61,7 +61,9 @@ class TradeOff:
             form = "rotated" if problem.taps > 1 else "columns"
         self.form = form
         self.problem = problem.regrouped() if form == "spatial" else problem
-        self._step = LayerBudget(problem.n, problem.channels, problem.taps, (), multiple).step
+        n, channels, taps = problem.n, problem.channels, problem.taps
+        dense = LayerBudget(n, channels, taps, ((1.0, n * channels * taps),), multiple)
+        self._unit = dense.unit
 
     @cached_property
     def _ordered(self) -> ResponseProblem:
@@ -82,15 +84,22 @@ class TradeOff:
     def _sizes(self, most: int) -> list[int]:
         """0 and a grid up to `most`, denser for small sizes."""
         rounded = {1, *(round(most * ((i + 1) / GRID) ** 2) for i in range(GRID))} - {0}
-        return [0, *sorted({max(1, size - size % self._step(size)) for size in rounded})]
+        return [0, *sorted({self._round(size) for size in rounded})]
+
+    def _round(self, size: int) -> int:
+        """Down to a multiple of the unit, or of half of it and so on where that is too large."""
+        unit = self._unit
+        while unit > size:
+            unit //= 2
+        return size - size % unit
 
     def _ranks(self, most: int) -> list[int]:
         """1, ..., `most`, geometric."""
         ranks, k = [], 1.0
         while k < most:
-            ranks.append(round(k) - round(k) % self._step(round(k)))
+            ranks.append(self._round(round(k)))
             k = max(k + 1, k * RANK_RATIO)
-        return sorted({*ranks, most - most % self._step(most)} - {0})
+        return sorted({*ranks, self._round(most)})
 
     def points(self, affordable: Any = lambda structure: True) -> list[Point]:
         """Held-out errors over the grid.
