@@ -111,7 +111,8 @@ def compress(
     checkpoint : path, optional
         Folder for finished pieces. Delete it once the result is saved.
     resume : bool
-        Go on with what is in `checkpoint`, if it belongs to the same model, data and settings.
+        Go on with what is in `checkpoint`, if it belongs to the same model, data and settings. An
+        `eval_fn` must be the same one; that is not checked.
     progress : bool
         Show a bar on a terminal.
 

@@ -67,7 +67,7 @@ def analyze(
         Also time layers there, so that plans can be made for latency budgets.
     cache : path, optional
         Folder in which finished layers wait; the same model, data and settings are not measured
-        again.
+        again. Not used with an `eval_fn`, which cannot be told from another one.
     device, progress
         See `slr_gpu.compress`.
     **settings
@@ -88,8 +88,8 @@ def analyze(
     check_allocation(allocation)
     prepared = Prepared(model, calibration_data, Settings(**settings), device)
     store = None
-    if cache is not None:
-        facts = {"allocation": allocation, "loss": loss, "eval_fn": eval_fn is not None}
+    if cache is not None and eval_fn is None:
+        facts = {"allocation": allocation, "loss": loss}
         store = Store.named(cache, fingerprint(prepared) | facts)
     analysis = measure(prepared, allocation, loss, eval_fn, store, progress)
     if latency is not None:
