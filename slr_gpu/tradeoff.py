@@ -158,7 +158,8 @@ class TradeOff:
             grams.append(grams[-1] + part @ part.T)
         for j, r in enumerate(sizes):
             for i, s in enumerate(sizes[: j + 1]):
-                if r == 0:
+                # Beside another part, A takes whole blocks of channels.
+                if r == 0 or (0 < s < r and s % self._unit):
                     continue
                 ranks = self._ranks(min(problem.n, (r - s) * taps)) if r > s else []
                 ranks = ([0] if s else []) + ranks

@@ -242,7 +242,12 @@ def test_export_says_how_each_layer_runs(monkeypatch, tmp_path):
         nn.Linear(128, 4),
     )
     result = slr_gpu.compress(
-        model, torch.randn(40, 2, 8, 8), {"params": 0.5}, keep_ends=False, progress=False
+        model,
+        torch.randn(40, 2, 8, 8),
+        {"params": 0.5},
+        allocation="uniform",
+        keep_ends=False,
+        progress=False,
     )
 
     def speeds(module):

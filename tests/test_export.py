@@ -110,7 +110,9 @@ def test_forms_that_compress_makes(kind, form, solver, tmp_path):
     )
     data = torch.randn(30, 2, 6, 6)
     keep = {"params": 0.6}
-    result = slr_gpu.compress(model, data, keep, form=form, solver=solver, progress=False)
+    result = slr_gpu.compress(
+        model, data, keep, form=form, solver=solver, allocation="uniform", progress=False
+    )
     assert any(row.structure.startswith(form) for row in result.report.layers)
     assert result.export(tmp_path / f"m.{kind}", runtime=None).error < 1e-5
 
@@ -207,7 +209,9 @@ def test_other_precisions_are_written_in_float32(dtype, tmp_path):
 def test_denormals_are_written_as_zeros(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    result = slr_gpu.compress(model, torch.randn(50, 4), {"params": 0.9}, progress=False)
+    result = slr_gpu.compress(
+        model, torch.randn(50, 4), {"params": 0.9}, allocation="uniform", progress=False
+    )
     with torch.no_grad():
         result.model[0].weight[:2] = 1e-39
         result.model[0].weight[2] = -1.2e-38  # normal: stays

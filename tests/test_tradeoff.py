@@ -98,3 +98,13 @@ def test_multiples():
     for point in points:
         for size in (point.structure.r, point.structure.s, point.structure.k):
             assert size in (0, 1, 2) or size % 4 == 0
+
+
+def test_sizes_come_in_blocks_of_channels():
+    arrays = layer((3, 3), c=20, n=24)
+    points = TradeOff(problem_of(arrays), "rotated", multiple=8).points()
+    whole, parts = {0, 8, 16, 24}, {1, 2, 4}
+    assert {point.structure.r for point in points} <= whole | parts
+    assert {point.structure.k for point in points} <= whole | parts
+    assert {p.structure.s for p in points if p.structure.s < p.structure.r} <= whole
+    assert {8, 16} <= {p.structure.r for p in points} and any(p.structure.r < 8 for p in points)
