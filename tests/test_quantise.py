@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import slr_gpu
-from benchmarks.deployed import quantise
 from slr_gpu import demo
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.deployed import quantise
 
 
 def test_a_compressed_network_survives_static_quantisation(tmp_path):
