@@ -68,7 +68,7 @@ class PaperColumns(slr_gpu.Majorize):
         thin = problem.thinned(2048)
         search = SupportSearch(thin, 1, exact=False)
         s = int(0.65 * budget.weights / problem.n)
-        s -= s % budget.unit
+        s -= s % budget.unit("columns")
         structure = slr_gpu.Structure("columns", s, budget.largest_rank("columns", s))
         return [Candidate(structure, 0.0, problem, search.grow(s, structure.k, steps=1))]
 

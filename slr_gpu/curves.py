@@ -136,12 +136,13 @@ class RotatedCurve:
         """
         found: dict[tuple[int, int], tuple[float, Structure]] = {}
         largest = min(largest_basis(budget), self.problem.groups)
+        unit = budget.unit("rotated")
 
         def look(r: float, s: float) -> None:
             r = min(max(int(round(r)), 1), largest)
-            r = max(r - r % budget.unit, 1)
+            r = max(r - r % unit, 1)
             s = min(max(int(round(s)), 0), r)
-            s -= s % budget.unit
+            s -= s % unit
             if (r, s) in found:
                 return
             k = budget.largest_rank("rotated", s, r)
@@ -156,7 +157,7 @@ class RotatedCurve:
         if not found:
             return []
         step_r, step_s = largest / (2 * grid), 0.125
-        while step_r >= max(1.0, budget.unit / 2) and step_s > 0.02:
+        while step_r >= max(1.0, unit / 2) and step_s > 0.02:
             best = min(found.values(), key=lambda pair: pair[0])[1]
             r, s = best.r, best.s
             for dr in (-step_r, 0.0, step_r):
@@ -258,7 +259,7 @@ def held_out_error(candidate: Candidate) -> float:
 def _split(search: SupportSearch, budget: LayerBudget, form: str, share: float) -> Structure | None:
     """The structure that spends this share of the budget on A; None when nothing fits."""
     s = min(int(share * budget.weights / (budget.n * search.size)), search.groups)
-    s -= s % budget.unit
+    s -= s % budget.unit(form)
     k = budget.largest_rank(form, s)
     return None if k < 0 or (k == 0 and s == 0) else Structure(form, s, k)
 

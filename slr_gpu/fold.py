@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from .channel_orders import fold_orders
 from .graph import set_module
+from .layer_budget import BLOCK
 from .layers import CONVS, SLRLinear, _ScatteredWeight, _SLRConvNd, _SparseKernelConv
 
-BLOCK = 16
 WIDEN = 16  # zeros may be this part of a linear layer's weights
 DENSE = "dense"
 

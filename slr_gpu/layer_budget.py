@@ -7,11 +7,13 @@ do, and the smallest fraction that any structure reaches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from .decomposition import FORMS, Structure, grouping, is_separable
 from .errors import BudgetError, complain
+
+# Channels that CPU runtimes work on at once.
+BLOCK = 16
 
 
 class Limit(NamedTuple):
@@ -86,21 +88,21 @@ class LayerBudget:
                 return -1
             if rest:
                 k = min(k, int((limit.weights - fixed) / (self.cost(one, limit) - fixed)))
-        return k - k % self.unit if rest else 0
+        return k - k % self.unit(form) if rest else 0
 
-    @cached_property
-    def unit(self) -> int:
-        """What r, s (channels) and k are multiples of.
+    def unit(self, form: str) -> int:
+        """What r, s (in channels or columns) and k are multiples of.
 
         `multiple`, since runtimes work in blocks of channels and a block begun costs nearly what a
-        whole one does; halved in narrow layers and at small budgets, until the smallest structure
-        takes no more than half of what may be spent, so that there is still something to choose.
+        whole one does; halved in narrow layers and at small budgets, until the smallest low-rank
+        part takes no more than half of what may be spent, so that there is still something to
+        choose.
         """
         unit = self.multiple
         while unit > 1:
             smallest = Structure("columns", 0, unit)
-            if self.taps > 1:
-                smallest = Structure("rotated", 0, unit, unit)
+            if form in ("rotated", "spatial"):
+                smallest = Structure(form, 0, unit, unit)
             if all(2 * self.cost(smallest, limit) <= limit.weights for limit in self.limits):
                 break
             unit //= 2

@@ -31,7 +31,7 @@ from .capture import (
 from .decomposition import is_separable
 from .errors import InputError, ModelError, complain
 from .graph import LayerSite, find_sites, fold_batch_norm
-from .layer_budget import check_form
+from .layer_budget import BLOCK, check_form
 from .ops import get_ops
 from .progress import Advance
 from .solvers import SOLVERS, Majorize, Solver
@@ -59,7 +59,7 @@ class Settings:
     ignore: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     keep_ends: bool = True
-    multiple: int = 1
+    multiple: int = BLOCK
     batch_size: int = 100
     seed: int = 0
 

@@ -63,7 +63,7 @@ class TradeOff:
         self.problem = problem.regrouped() if form == "spatial" else problem
         n, channels, taps = problem.n, problem.channels, problem.taps
         dense = LayerBudget(n, channels, taps, ((1.0, n * channels * taps),), multiple)
-        self._unit = dense.unit
+        self._unit = dense.unit(self.form)
 
     @cached_property
     def _ordered(self) -> ResponseProblem:

@@ -116,7 +116,7 @@ def _most_groups(budget: LayerBudget, form: str) -> int:
             low = middle
         else:
             high = middle - 1
-    return low - low % budget.unit
+    return low - low % budget.unit(form)
 
 
 def _columns_of(problem: ResponseProblem, structure: Structure, scores: Array) -> Array:

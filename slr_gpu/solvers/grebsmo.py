@@ -136,7 +136,7 @@ class Grebsmo(Solver):
             structure = Structure("entries", most_entries, self.rank)
             return [Candidate(structure, float("nan"), problem)]
         shares = {int(share * most) for share in SHARES} | {most}
-        ranks = {k - k % budget.unit for k in shares if k >= 0}
+        ranks = {k - k % budget.unit("entries") for k in shares if k >= 0}
         structures = _within(budget, ranks, most, self._price)
         if not structures:
             raise BudgetError(
@@ -155,7 +155,7 @@ class Grebsmo(Solver):
         known = [structure.k for structure in tried]
         place = known.index(min(tried, key=tried.get).k)
         middles = {(known[place] + k) // 2 for k in known[max(place - 1, 0) : place + 2]}
-        middles = {k - k % budget.unit for k in middles} - set(known)
+        middles = {k - k % budget.unit("entries") for k in middles} - set(known)
         tried |= self._try(problem, _within(budget, middles, most, self._price), stiff)
         best = min(tried, key=tried.get)
         return [Candidate(best, tried[best], problem)]
