@@ -35,6 +35,7 @@ from slr_gpu.compress import count_flops
 from slr_gpu.curves import Candidate, candidates
 from slr_gpu.deploy import choose_graphs
 from slr_gpu.export import export_model
+from slr_gpu.report import Report
 from slr_gpu.support import SupportSearch
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,8 +74,10 @@ class PaperColumns(slr_gpu.Majorize):
         return [Candidate(structure, 0.0, problem, search.grow(s, structure.k, steps=1))]
 
 
+UNIFORM = f"{OURS}, uniform"
 SYSTEMS = {
     OURS: Contender(OURS, lambda: slr_gpu.Majorize(), "auto"),
+    UNIFORM: Contender(UNIFORM, lambda: slr_gpu.Majorize(), "auto"),
     "Tucker-2": Contender("Tucker-2", lambda: Tucker2(), "auto"),
     "U V alone": Contender("U V alone", lambda: slr_gpu.WhitenedSVD(), "columns"),
     "channel pruning": Contender("channel pruning", lambda: slr_gpu.ChannelPruning(), "channels"),
@@ -123,8 +126,9 @@ def speed(
     _plot(records, quality, out / "deployed_speed.png")
 
 
-def _compressed(vgg: VGG, label: str, fraction: float, multiple: int) -> nn.Module:
-    return vgg.compressed({"flops": fraction}, SYSTEMS[label], True, multiple=multiple)[0]
+def _compressed(vgg: VGG, label: str, fraction: float, multiple: int) -> tuple[nn.Module, Report]:
+    options = {"allocation": "uniform"} if label == UNIFORM else {}
+    return vgg.compressed({"flops": fraction}, SYSTEMS[label], True, multiple=multiple, **options)
 
 
 def _quality(vgg: VGG, store: Store, label: str, fraction: float, multiple: int) -> dict[str, Any]:
@@ -170,7 +174,7 @@ def _measure(
         export_model(dense, models["dense"], x)
         for label, fraction in names:
             name = key(label, fraction)
-            model = _network(_compressed(vgg, label, fraction, multiple), pixels)[0]
+            model = _network(_compressed(vgg, label, fraction, multiple)[0], pixels)[0]
             chosen = choose_graphs(
                 model, x, runtime=runtime, threads=threads, time_limit_s=20, progress=False
             )
@@ -278,7 +282,7 @@ def int8(
         table.add_column(title, justify="left" if title == "network" else "right")
     for fraction in (None, *keep):
         name = "dense" if fraction is None else key(OURS, fraction)
-        model = vgg.source if fraction is None else _compressed(vgg, OURS, fraction, multiple)
+        model = vgg.source if fraction is None else _compressed(vgg, OURS, fraction, multiple)[0]
         record = _quantised(vgg, model, images)
         store.put(name, vgg.fingerprint(images=images, multiple=multiple), record)
         table.add_row(
