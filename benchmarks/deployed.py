@@ -127,8 +127,8 @@ def speed(
 
 
 def _compressed(vgg: VGG, label: str, fraction: float, multiple: int) -> tuple[nn.Module, Report]:
-    options = {"allocation": "uniform"} if label == UNIFORM else {}
-    return vgg.compressed({"flops": fraction}, SYSTEMS[label], True, multiple=multiple, **options)
+    options = {"multiple": multiple} | ({"allocation": "output"} if label == OURS else {})
+    return vgg.compressed({"flops": fraction}, SYSTEMS[label], True, **options)
 
 
 def _quality(vgg: VGG, store: Store, label: str, fraction: float, multiple: int) -> dict[str, Any]:

@@ -161,7 +161,8 @@ class VGG:
     ) -> tuple[nn.Module, Report]:
         """The network compressed by `slr_gpu.compress`, from the cache once it has been made.
 
-        `options` are further arguments of it.
+        `options` are further arguments of it; every layer gets the same share unless they say
+        otherwise, and all sizes are free.
 
         Raises
         ------
@@ -173,6 +174,7 @@ class VGG:
                 complain(f"{contender.label!r} for a network", "a form of its own", "Use Zhang.")
             )
         solver, form = contender.solver(self.setting.quick), contender.form
+        options = {"allocation": "uniform", "multiple": 1} | options
         settings = {"keep": keep, "solver": solver, "form": form, "asymmetric": asymmetric}
         settings |= options
         folder = self.setting.cache / f"vgg16-{self.fingerprint(**settings)}"
@@ -185,7 +187,6 @@ class VGG:
                 solver=solver,
                 form=form,
                 asymmetric=asymmetric,
-                allocation="uniform",
                 samples=self.setting.samples,
                 seed=self.setting.seed,
                 batch_size=BATCH,
