@@ -67,8 +67,7 @@ def rotation(problem: ResponseProblem, weight: Array) -> Array:
     over_channels = weight.reshape(-1, c, taps).transpose(0, 2, 1).reshape(-1, c)
     weighted = over_channels @ R
     right = xp.linalg.eigh(weighted.T @ weighted)[1][:, ::-1]
-    solve = problem.ops.scipy.linalg.solve_triangular
-    rows = solve(R, right, lower=True, trans=1, check_finite=False)  # columns: R^-T v
+    rows = problem.ops.solve_triangular(R, right, transposed=True)  # columns: R^-T v
     Q = xp.linalg.qr(rows)[0]
     Q = Q * xp.sign(Q[xp.argmax(xp.abs(Q), axis=0), xp.arange(c)])
     return Q.T

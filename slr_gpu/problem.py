@@ -69,14 +69,12 @@ class Metric:
     def whiten(self, rhs: Array) -> Array:
         """``F = rhs L^-T`` of right-hand sides (n, m) in the problem's column order."""
         rhs = rhs if self.order is None else rhs[:, self.order]
-        solve = self.ops.scipy.linalg.solve_triangular
-        return solve(self.L, rhs.T, lower=True, check_finite=False).T
+        return self.ops.solve_triangular(self.L, rhs.T).T
 
     def unwhiten(self, F: Array) -> Array:
         """``M = F L^-1``, in the problem's column order."""
         width = F.shape[1]
-        solve = self.ops.scipy.linalg.solve_triangular
-        M = solve(self.L[:width, :width], F.T, lower=True, trans=1, check_finite=False).T
+        M = self.ops.solve_triangular(self.L[:width, :width], F.T, transposed=True).T
         if self.order is None:
             return M
         result = self.ops.xp.empty_like(M)

@@ -69,8 +69,7 @@ class SupportSearch:
         L, solved = xp.zeros((0, 0)), xp.zeros((0, len(rhs)))
         if len(columns):
             L = xp.linalg.cholesky(self.G[columns][:, columns])
-            solve = ops.scipy.linalg.solve_triangular
-            solved = solve(L, rhs.T, lower=True, check_finite=False)
+            solved = ops.solve_triangular(L, rhs.T)
             gram = gram - solved.T @ solved
         values, vectors = xp.linalg.eigh(gram)
         values, U = values[::-1].clip(min=0), vectors[:, ::-1][:, :k]
@@ -83,8 +82,7 @@ class SupportSearch:
         correlation = self.rhs
         blocks = self._blocks(self.G)
         if len(support.columns):
-            solve = ops.scipy.linalg.solve_triangular
-            cross = solve(support.L, self.G[support.columns], lower=True, check_finite=False)
+            cross = ops.solve_triangular(support.L, self.G[support.columns])
             correlation = correlation - support.solved.T @ cross
             grouped = cross.reshape(len(cross), self.groups, self.size)
             if self.size == 1:
@@ -101,14 +99,13 @@ class SupportSearch:
 
     def weight(self, support: Support) -> Array:
         """The weight (n, m) of a support: ``U Uᵀ T`` outside it, the best A on it."""
-        solve = self.problem.ops.scipy.linalg.solve_triangular
+        solve = self.problem.ops.solve_triangular
         target = self.problem.target if self.exact else self.problem.W
         M = support.U @ (support.U.T @ target)
         if len(support.columns):
             M[:, support.columns] = 0
             rhs = self.rhs[:, support.columns] - M @ self.G[:, support.columns]
-            half = solve(support.L, rhs.T, lower=True, check_finite=False)
-            A = solve(support.L, half, lower=True, trans=1, check_finite=False).T
+            A = solve(support.L, solve(support.L, rhs.T), transposed=True).T
             M[:, support.columns] = A
         return M
 
@@ -117,8 +114,7 @@ class SupportSearch:
         ops, xp = self.problem.ops, self.problem.ops.xp
         A = self.weight(support)[:, support.columns]
         A = A - support.U @ (support.U.T @ A)
-        solve = ops.scipy.linalg.solve_triangular
-        inverse = solve(support.L, xp.eye(len(support.L)), lower=True, check_finite=False)
+        inverse = ops.solve_triangular(support.L, xp.eye(len(support.L)))
         rows = xp.ascontiguousarray(inverse.T).reshape(-1, self.size, len(inverse))
         return self._energy(A, xp.matmul(rows, rows.transpose(0, 2, 1)))
 

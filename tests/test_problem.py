@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from slr_gpu import activations
 from slr_gpu.decomposition import Structure
@@ -177,3 +178,17 @@ def test_linear_fit_through_another_activation_aims_before_it():
 def test_bad_settings_are_input_errors(bad):
     with pytest.raises(InputError, match="got .*; expected"):
         make(**bad)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 400])
+def test_triangular_solves_in_tiles(size, transposed):
+    rng = np.random.default_rng(size)
+    L = np.linalg.cholesky(np.eye(size) + (X := rng.standard_normal((size, size))) @ X.T)
+    rhs = rng.standard_normal((3, size)).T
+    found = NumpyOps().solve_triangular(L, rhs, transposed=transposed)
+    residual = (L.T if transposed else L) @ found - rhs
+    bound = 1e-15 * size * (np.abs(L.T if transposed else L) @ np.abs(found)).max(initial=0)
+    assert np.abs(residual).max(initial=0) <= bound
+    wanted = scipy.linalg.solve_triangular(L, rhs, lower=True, trans=int(transposed))
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)

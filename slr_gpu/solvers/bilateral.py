@@ -119,8 +119,7 @@ def stiffness(problem: ResponseProblem) -> Array:
     the geometric mean.
     """
     xp, L = problem.ops.xp, problem.metric.L
-    solve = problem.ops.scipy.linalg.solve_triangular
-    inverse = solve(L, xp.eye(len(L)), lower=True, check_finite=False)
+    inverse = problem.ops.solve_triangular(L, xp.eye(len(L)))
     return xp.sqrt(xp.diagonal(problem.G) / xp.einsum("ij,ij->j", inverse, inverse))
 
 

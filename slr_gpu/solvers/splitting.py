@@ -280,9 +280,8 @@ def largest_eigenvalue(ops: Any, G: Array, *, rounds: int = 100) -> float:
 
 def solve_factored(ops: Any, L: Array, rhs: Array) -> Array:
     """``rhs (L Lᵀ)⁻¹`` for a lower Cholesky factor L."""
-    solve = ops.scipy.linalg.solve_triangular
-    half = solve(L, rhs.T, lower=True, check_finite=False)
-    return solve(L, half, lower=True, trans=1, check_finite=False).T
+    half = ops.solve_triangular(L, rhs.T)
+    return ops.solve_triangular(L, half, transposed=True).T
 
 
 def found_structure(
