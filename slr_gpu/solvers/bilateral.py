@@ -22,8 +22,8 @@ from typing import Any
 import numpy
 
 from ..decomposition import Structure
+from ..metric import solve_both
 from ..problem import ResponseProblem
-from .splitting import solve_factored
 
 Array = Any
 
@@ -315,7 +315,7 @@ def smooth(
                 state.V = (state.U.T @ scaled) / root
             both = state.M
             right = problem.start_rhs + (t * both - dual[i]) * D
-            M[i] = solve_factored(problem.ops, L, right)
+            M[i] = solve_both(problem.ops, L, right.T).T
             dual[i] = dual[i] + t * (M[i] - both)
     for state in states:
         place_sparse(problem, state, state.S)
