@@ -73,6 +73,10 @@ class ResponseProblem:
     activation : Activation, optional
         Look through another activation than the layer's own (``identity`` for the linear
         objective); held-out errors are always after the layer's own.
+    fold : int
+        Which rows are held out, see `LayerIO.split`.
+    by_rows : bool
+        Work by rows even where the Gram matrix could be formed.
 
     Attributes
     ----------
@@ -99,6 +103,8 @@ class ResponseProblem:
         ridge: float = 1e-3,
         held_out: float = 0.1,
         activation: Activation | None = None,
+        fold: int = 0,
+        by_rows: bool = False,
     ) -> None:
         if not 0 <= held_out <= 0.5:
             raise InputError(
@@ -112,7 +118,7 @@ class ResponseProblem:
         self.channels, self.taps = layer_io.channels, layer_io.taps
         self.activation = layer_io.activation if activation is None else activation
         self.basis: Array | None = None
-        fitted, held = layer_io.split(held_out)
+        fitted, held = layer_io.split(held_out, fold)
         if len(fitted) < 2:
             raise InputError(
                 complain(
@@ -121,7 +127,7 @@ class ResponseProblem:
             )
         dtype, xp = layer_io.inputs.dtype, ops.xp
         m = layer_io.weight.shape[1]
-        self.by_rows, self.notes = m > WIDEST, ()
+        self.by_rows, self.notes = by_rows or m > WIDEST, ()
         if self.by_rows and len(fitted) > MOST_ROWS:
             every = fitted
             fitted = every[:: -(-len(every) // MOST_ROWS)]
@@ -221,6 +227,14 @@ class ResponseProblem:
             self.scatter, self.start_correlation  # noqa: B018
         other = self._without("G", "metric", "start_rhs", "target", "channel_gram")
         other.rho = ridge * self._ridge_unit
+        return other
+
+    def as_by_rows(self) -> ResponseProblem:
+        """The same problem by rows."""
+        if self.by_rows:
+            return self
+        other = self._without("metric")
+        other.by_rows, other.W = True, self.W.astype(self.samples.dtype)
         return other
 
     def thinned(self, rows: int) -> ResponseProblem:
@@ -426,10 +440,11 @@ class ResponseProblem:
             loss = self.ops.masked_gradient((X @ Mt)[None], Y[None], activation, bias=b)[1]
             return (loss[0],)
 
-        return self.held.sum(squares)[0] / self._held_out_energy
+        return self.held.sum(squares)[0] / self.held_energy
 
     @cached_property
-    def _held_out_energy(self) -> float:
+    def held_energy(self) -> float:
+        """``||Y||^2`` of the held-out rows."""
         return max(self._energy(self.held), 1e-30)
 
     # -- coordinates -----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ ORDER = [
     "curves",
     "tradeoff",
     "knapsack",
+    "ridge",
     "solvers",
     "fit",
     "layers",

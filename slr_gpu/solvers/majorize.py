@@ -86,6 +86,7 @@ class Majorize(Solver):
     tolerance: float = 1e-3
     patience: int = 2
     name: ClassVar[str] = "majorize"
+    yields: ClassVar[bool] = True
     forms: ClassVar[tuple[str, ...]] = ("columns", "channels", "rotated", "spatial")
 
     def start(
