@@ -25,7 +25,9 @@ from .support import select_support
 
 Array = Any
 
-FEW_ROWS_NOTE = "fewer rows than columns: the truncated SVD of the weight does best on rows held out"
+FEW_ROWS_NOTE = (
+    "fewer rows than columns: the truncated SVD of the weight does best on rows held out"
+)
 
 
 def fit(

@@ -50,7 +50,6 @@ _COORDINATES = (
     "metric",
     "channel_gram",
     "start_correlation",
-    "start_rhs",
     "target",
     "target_energy",
     "row_gram",
@@ -225,7 +224,7 @@ class ResponseProblem:
             self.row_gram, self.weight_responses  # noqa: B018
         else:
             self.scatter, self.start_correlation  # noqa: B018
-        other = self._without("G", "metric", "start_rhs", "target", "channel_gram")
+        other = self._without("G", "metric", "target", "channel_gram")
         other.rho = ridge * self._ridge_unit
         return other
 
@@ -290,7 +289,7 @@ class ResponseProblem:
         """``D = Zcᵀ Xc`` (n, m), float64."""
         return self.samples.sum(lambda X, Y, Z: (Z.T @ X,), block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
 
-    @cached_property
+    @property
     def start_rhs(self) -> Array:
         """Right-hand side of the linear problem, ``D + rho W``."""
         return self.start_correlation + self.rho * self.W

@@ -10,7 +10,10 @@ SVD with its own bias. A few hundred rows are cross-validated, so that all of th
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import numpy
 
 from .curves import Candidate, held_out_error
 from .penalties import low_rank_projection
@@ -33,7 +36,10 @@ def has_few_rows(problem: ResponseProblem) -> bool:
 
 
 def strength(problem: ResponseProblem, k: int) -> float:
-    """The ridge for few rows; infinite where the SVD of the weight alone does best.
+    """The ridge for few rows; infinite where the SVD of the weight alone does as well.
+
+    As well: the best finite ridge must be better on average over the folds by more than the
+    standard error of that average.
 
     Parameters
     ----------
@@ -42,30 +48,32 @@ def strength(problem: ResponseProblem, k: int) -> float:
     k : int
         Rank of the closed forms that are compared.
     """
-    ops = problem.ops
-    few = problem.rows <= FEW
-    totals = dict.fromkeys((*STRENGTHS, float("inf")), 0.0)
-    for fold in range(FOLDS if few else 1):
-        view = problem.as_by_rows()
-        if few:
-            view = ResponseProblem(
-                problem.layer_io,
-                ops=ops,
-                held_out=1 / FOLDS,
-                activation=problem.activation,
-                fold=fold,
-                by_rows=True,
-            )
-            if not view.held.rows:  # fewer samples than folds
-                continue
-        energy = view.held_energy
-        for ridge in STRENGTHS:
-            metric = view.with_ridge(ridge).metric
-            M = project(metric, metric.target(view), 0, k)[1]
-            totals[ridge] += float(view.held_out_error(M, view.linear_bias(M))) * energy
-        M = low_rank_projection(ops, view.W, k)[0]
-        totals[float("inf")] += float(view.held_out_error(M, view.bias)) * energy
-    return min(totals, key=totals.get)
+    views = [problem.as_by_rows()]
+    if problem.rows <= FEW:
+        settings = {"held_out": 1 / FOLDS, "activation": problem.activation, "by_rows": True}
+        folds = (
+            ResponseProblem(problem.layer_io, ops=problem.ops, fold=fold, **settings)
+            for fold in range(FOLDS)
+        )
+        views = [view for view in folds if view.held.rows]
+    finite = numpy.array([[_low_rank_loss(view, k, r) for r in STRENGTHS] for view in views])
+    best = int(finite.sum(axis=0).argmin())
+    gained = numpy.array([_weight_svd_loss(view, k) for view in views]) - finite[:, best]
+    doubt = gained.std(ddof=1) * len(gained) ** 0.5 if len(gained) > 1 else 0.0
+    return STRENGTHS[best] if gained.sum() > doubt else math.inf
+
+
+def _low_rank_loss(problem: ResponseProblem, k: int, ridge: float) -> float:
+    """Squared held-out error of the closed form of low rank alone."""
+    problem = problem.with_ridge(ridge)
+    M = project(problem.metric, problem.metric.target(problem), 0, k)[1]
+    return float(problem.held_out_error(M, problem.linear_bias(M))) * problem.held_energy
+
+
+def _weight_svd_loss(problem: ResponseProblem, k: int) -> float:
+    """Squared held-out error of the truncated SVD of the weight."""
+    M = low_rank_projection(problem.ops, problem.W, k)[0]
+    return float(problem.held_out_error(M, problem.bias)) * problem.held_energy
 
 
 def best_ridge(chosen: Candidate, ridges: tuple[float, ...]) -> Candidate:

@@ -68,14 +68,13 @@ class GramSubsets:
         self.problem, self.size, self.G = problem, size, problem.G
         self.groups = problem.width // size
         self.rhs = problem.start_rhs
-        if exact and len(self.rhs) > problem.width:
-            # Turning the outputs changes nothing, and leaves no more of them than columns.
-            self.rhs = problem.ops.xp.linalg.qr(self.rhs, mode="r")
         if not exact:
             self.target = problem.W
-        elif self.rhs is problem.start_rhs:
+        elif problem.n <= problem.width:
             self.target = problem.target
         else:
+            # Turning the outputs changes nothing, and leaves no more of them than columns.
+            self.rhs = problem.ops.xp.linalg.qr(self.rhs, mode="r")
             self.target = problem.metric.weight(problem.metric.whiten(self.rhs))
         gram = self.target @ self.rhs.T
         self.target_gram = (gram + gram.T) / 2  # T G Tᵀ

@@ -85,12 +85,13 @@ class NumpyOps:
         for start in reversed(starts) if transposed else starts:
             end = min(start + TILE, size)
             tile = slice(start, end)
+            inverse = xp.linalg.inv(L[tile, tile])
             if transposed:
-                known = L[end:, tile].T @ solution[end:]
-                solution[tile] = xp.linalg.solve(L[tile, tile].T, rhs[tile] - known)
+                left = rhs[tile] - L[end:, tile].T @ solution[end:]
+                solution[tile] = inverse.T @ left
             else:
-                known = L[tile, :start] @ solution[:start]
-                solution[tile] = xp.linalg.solve(L[tile, tile], rhs[tile] - known)
+                left = rhs[tile] - L[tile, :start] @ solution[:start]
+                solution[tile] = inverse @ left
         return solution
 
     def column_shrink(
