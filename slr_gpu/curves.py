@@ -19,7 +19,7 @@ from typing import Any
 from .decomposition import Structure
 from .errors import BudgetError, complain
 from .layer_budget import LayerBudget, largest_basis
-from .problem import ResponseProblem, ordered_metric, project
+from .problem import ResponseProblem, ordered_metric
 from .support import SupportSearch, group_size
 
 Array = Any
@@ -321,7 +321,7 @@ def _closed_form(
 ) -> tuple[float, Array]:
     """Relative linear error and weight of the closed form."""
     metric, kept = ordered_metric(problem, structure, support)
-    F, M, _ = project(metric, metric.target(problem), kept, structure.k)
+    F, M, _ = metric.project(metric.target(problem), kept, structure.k, vectors=False)
     return metric.missed(problem, F) / max(problem.linear_energy, 1e-30), M
 
 
@@ -368,7 +368,8 @@ def _supported(
 ) -> list[Candidate]:
     """The two best splits between A and U V for a form without a basis.
 
-    They are found without exchange rounds; only these two are then improved.
+    They are found without exchange rounds; only these two are then improved. Where looks at all
+    columns are dear, one elimination is all the search, and the best split of it is returned.
     """
     search = SupportSearch(problem, group_size(form, problem.taps))
     splits = [_split(search, budget, form, share) for share in shares]
@@ -378,6 +379,12 @@ def _supported(
     # One elimination passes all the sizes, at the rank of the middle one.
     ranks = [structures[s].k for s in sorted(structures)]
     shrunk = search.shrink(list(structures), ranks[len(ranks) // 2])
+    if not search.patient:
+        errors = {s: search.evaluate(shrunk[s], split.k).error for s, split in structures.items()}
+        best = structures[min(errors, key=errors.get)]
+        columns = search.evaluate(shrunk[best.s], best.k).columns
+        # The search has seen few of the rows.
+        return [Candidate(best, _closed_form(problem, best, columns)[0], problem, columns)]
     tried = [
         (search.starts(s, structure.k, 2, shrunk[s])[0].error, s)
         for s, structure in structures.items()

@@ -82,15 +82,24 @@ class Metric:
         """``(Rᵀ Xc + rho (W - M)) G⁻¹`` as a point, from what `sweep` returned at M."""
         return self.whiten(correlation + problem.rho * (problem.W - M))
 
-    def project(self, F: Array, kept: int, k: int) -> tuple[Array, Array, Array]:
+    def project(
+        self, F: Array, kept: int, k: int, *, vectors: bool = True
+    ) -> tuple[Array, Array, Array | None]:
         """Nearest ``(A on S) + (rank k elsewhere)`` to F, S being the first `kept` columns.
+
+        Parameters
+        ----------
+        F : array
+        kept, k : int
+        vectors : bool
+            Whether U is wanted.
 
         Returns
         -------
         F, M, U : array, (n, m), (n, m), (n, k)
             The projection as a point and as a weight (DESIGN 2, consequence 2).
         """
-        low_rank, U = low_rank_projection(self.ops, F[:, kept:], k)
+        low_rank, U = low_rank_projection(self.ops, F[:, kept:], k, vectors=vectors)
         F = self.ops.xp.concatenate([F[:, :kept], low_rank], axis=1)
         return F, self.weight(F), U
 
@@ -187,7 +196,9 @@ class RowMetric:
         responses = problem.weight_responses - self._responses(F)
         return self._pulled(problem.W - M, responses, correlation)
 
-    def project(self, F: Array, kept: int, k: int) -> tuple[Array, Array, Array]:
+    def project(
+        self, F: Array, kept: int, k: int, *, vectors: bool = True
+    ) -> tuple[Array, Array, Array | None]:
         xp, m, dtype = self.ops.xp, self.X.shape[1], self.X.dtype
         S = slice(0, kept) if self.order is None else self.order[:kept]
         T, responses = F[:, :m], self._responses(F)

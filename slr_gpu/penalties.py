@@ -51,8 +51,13 @@ def _signed(xp: Any, U: Array) -> Array:
     return U * xp.sign(U[xp.argmax(xp.abs(U), axis=0), xp.arange(U.shape[1])])
 
 
-def low_rank_projection(ops: NumpyOps, F: Array, k: int) -> tuple[Array, Array]:
-    """Best rank-k approximation of F (n, w): ``(U Uᵀ F, U)``, U from the smaller Gram matrix."""
+def low_rank_projection(
+    ops: NumpyOps, F: Array, k: int, *, vectors: bool = True
+) -> tuple[Array, Array | None]:
+    """Best rank-k approximation of F (n, w): ``(U Uᵀ F, U)``, U from the smaller Gram matrix.
+
+    Without `vectors`, U may be None: it costs something where n > w.
+    """
     xp = ops.xp
     n, width = F.shape
     k = min(k, n, width)
@@ -62,6 +67,8 @@ def low_rank_projection(ops: NumpyOps, F: Array, k: int) -> tuple[Array, Array]:
         U = leading_vectors(ops, outer(ops, F), k).astype(F.dtype, copy=False)
     else:
         right = leading_vectors(ops, outer(ops, F.T), k).astype(F.dtype, copy=False)
+        if not vectors:
+            return (F @ right) @ right.T, None
         U = _signed(xp, xp.linalg.qr(F @ right)[0])
     return U @ (U.T @ F), U
 

@@ -2,8 +2,8 @@
 
 In: a `ResponseProblem`. Out: the ridge rho, as a fraction of the mean diagonal of the Gram matrix,
 with which closed forms have the least held-out error. With more rows than columns a few ridges
-are tried on the chosen structure. With fewer, what the rows say about most directions is noise, and a
-structure chosen with too weak a ridge is lost already: there the ridge is decided first, by low
+are tried on the chosen structure. With fewer, what the rows say about most directions is noise, and
+a structure chosen with too weak a ridge is lost already: there the ridge is decided first, by low
 rank alone, between weak ones and one so strong that only the original weight counts, its truncated
 SVD with its own bias. A few hundred rows are cross-validated, so that all of them judge.
 """
@@ -17,7 +17,7 @@ import numpy
 
 from .curves import Candidate, held_out_error
 from .penalties import low_rank_projection
-from .problem import ResponseProblem, project
+from .problem import ResponseProblem
 
 Array = Any
 
@@ -66,7 +66,8 @@ def strength(problem: ResponseProblem, k: int) -> float:
 def _low_rank_loss(problem: ResponseProblem, k: int, ridge: float) -> float:
     """Squared held-out error of the closed form of low rank alone."""
     problem = problem.with_ridge(ridge)
-    M = project(problem.metric, problem.metric.target(problem), 0, k)[1]
+    metric = problem.metric
+    M = metric.project(metric.target(problem), 0, k, vectors=False)[1]
     return float(problem.held_out_error(M, problem.linear_bias(M))) * problem.held_energy
 
 

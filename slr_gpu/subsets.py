@@ -101,6 +101,10 @@ class GramSubsets:
             blocks = blocks - _blocks(xp, cross, self.size)
         return correlation, blocks
 
+    def sparse_part(self, support: Support) -> Array:
+        """A of `weight`, (n, |S|)."""
+        return self.weight(support)[:, support.columns]
+
     def weight(self, support: Support) -> Array:
         """The weight (n, m) of a support: ``U Uᵀ T`` outside it, the best A on it."""
         M = support.U @ (support.U.T @ self.target)
@@ -150,16 +154,19 @@ class RowSubsets:
         blocks = problem.rho * (xp.eye(self.size) + self._products(L, self.X))
         return correlation, blocks
 
+    def sparse_part(self, support: Support) -> Array:
+        ops, dtype = self.problem.ops, self.X.dtype
+        m, U = self.problem.width, support.U.astype(dtype)
+        X, T = self.X[:, support.columns], self.F[:, support.columns]
+        outside = self.F[:, m:].T - X @ T.T
+        outside = outside - (outside @ U) @ U.T
+        B = solve_both(ops, support.solved.L, outside.astype("float64"))
+        return T + B.astype(dtype).T @ X
+
     def weight(self, support: Support) -> Array:
-        ops, xp, dtype = self.problem.ops, self.problem.ops.xp, self.X.dtype
-        m, S, U = self.problem.width, support.columns, support.U.astype(self.X.dtype)
-        T, responses = self.F[:, :m], self.F[:, m:].T
-        M = U @ (U.T @ T)
-        if len(S):
-            outside = responses - self.X[:, S] @ T[:, S].T
-            outside = outside - (outside @ U) @ U.T
-            B = solve_both(ops, support.solved.L, outside.astype("float64"))
-            M[:, S] = T[:, S] + B.astype(dtype).T @ self.X[:, S]
+        U = support.U.astype(self.X.dtype)
+        M = U @ (U.T @ self.F[:, : self.problem.width])
+        M[:, support.columns] = self.sparse_part(support)
         return M
 
     def inverse_blocks(self, support: Support) -> Array:

@@ -3,8 +3,8 @@
 In: a `ResponseProblem`, how many groups s and which rank k. Out: the kept columns. What is known of
 a set S of columns comes from `slr_gpu.subsets`; with T the unrestricted minimiser of the linear
 problem and H the Schur complement of S, the error of S beside U V of rank k is what A alone leaves,
-less the k largest eigenvalues of ``T_c H T_cᵀ``. Groups are added in batches where they help most, or
-dropped where they help least, then exchanged, by (at fixed U, one group at a time, both exact)
+less the k largest eigenvalues of ``T_c H T_cᵀ``. Groups are added in batches where they help most,
+or dropped where they help least, then exchanged, by (at fixed U, one group at a time, both exact)
 
     gain of adding g:    || (I - U Uᵀ) (T_c H)_g H_gg^{-1/2} ||^2
     cost of dropping g:  || (I - U Uᵀ) A_g ((G_ss⁻¹)_gg)^{-1/2} ||^2 ,
@@ -100,7 +100,7 @@ class SupportSearch:
 
     def costs(self, support: Support) -> Array:
         """What dropping each group of the support would cost at fixed U."""
-        A = self.weight(support)[:, support.columns]
+        A = self.subsets.sparse_part(support)
         A = A - support.U @ (support.U.T @ A)
         return self._energy(A, self.subsets.inverse_blocks(support))
 
@@ -116,12 +116,12 @@ class SupportSearch:
                 support = self.evaluate(groups, k)
         return support
 
-    def shrink(self, sizes: list[int], k: int, share: float = 0.25) -> dict[int, Array]:
+    def shrink(self, sizes: list[int], k: int) -> dict[int, Array]:
         """Drop groups from the full set in batches; the groups that are left at each size.
 
         Backward elimination beside U V of rank k. A batch is a share of what is left.
         """
-        xp = self.problem.ops.xp
+        xp, share = self.problem.ops.xp, 0.25 if self.patient else 0.5
         support, left = self.evaluate(xp.arange(self.groups), k), {}
         for s in sorted(set(sizes), reverse=True):
             while len(support.groups) > s:
@@ -239,6 +239,9 @@ def select_support(
         Error of the linear problem, times P.
     """
     search = SupportSearch(problem, group_size(structure.form, problem.taps))
-    starts = search.starts(min(structure.s, search.groups), structure.k, steps)
-    support = search.improved(starts, structure.k, rounds)
+    s = min(structure.s, search.groups)
+    if search.patient:
+        support = search.improved(search.starts(s, structure.k, steps), structure.k, rounds)
+    else:
+        support = search.evaluate(search.shrink([s], structure.k)[s], structure.k)
     return support.columns, support.error

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -145,3 +149,31 @@ def test_rows_beyond_the_most_are_left_out_and_named(by_rows, monkeypatch):
     monkeypatch.setattr(problem, "MOST_ROWS", 40)
     fitted = slr_gpu.fit(layer(rows=200), keep=0.25)
     assert any("rows: 120 columns" in note for note in fitted.notes)
+
+
+WIDE = """
+import json, resource, sys
+import numpy as np, slr_gpu
+n, m, taps, rows = map(int, sys.argv[1:])
+rng = np.random.default_rng(0)
+mix = rng.standard_normal((24, m), dtype="f4") * 0.9 ** np.arange(24, dtype="f4")[:, None]
+inputs = rng.standard_normal((rows, 24), dtype="f4") @ mix
+inputs += 0.1 * rng.standard_normal(inputs.shape, dtype="f4")
+weight = rng.standard_normal((n, m // taps, taps) if taps > 1 else (n, m), dtype="f4") / m**0.5
+layer_io = slr_gpu.LayerIO(weight, None, inputs)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fitted = slr_gpu.fit(layer_io, keep=0.2)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+svd = slr_gpu.fit(layer_io, keep=0.2, solver=slr_gpu.WeightSVD())
+print(json.dumps([(after - before) / 2**20, fitted.held_out_error, svd.held_out_error]))
+"""
+
+
+@pytest.mark.parametrize("shape", [(32, 12_000, 1), (32, 12_000, 25), (12_000, 32, 1)])
+def test_what_does_not_fit_is_never_formed(shape):
+    """A Gram matrix or a covariance of the outputs would take 1.2 GB alone."""
+    command = [sys.executable, "-c", WIDE, *map(str, shape), "120"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    gibibytes, error, svd = json.loads(done.stdout)
+    assert gibibytes < 0.5
+    assert error < 0.5 * svd

@@ -19,8 +19,8 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from ..decomposition import Decomposition, Status, Structure
-from ..penalties import low_rank_projection
 from ..metric import Metric, RowMetric
+from ..penalties import low_rank_projection
 from ..problem import ResponseProblem, ordered_metric, project
 from .base import Solver
 
@@ -36,7 +36,8 @@ HELD_OUT_GAIN = 2e-3
 class MajorizeState:
     """One iterate: its point F of the metric, the weight M, its bias, U, and the sweep there.
 
-    `correlation` and `R_mean` are what `Metric.sweep` returned at (M, bias). `objective` and `held_out_error` are scalars on the device until they have been read.
+    `correlation` and `R_mean` are what `Metric.sweep` returned at (M, bias). `objective` and
+    `held_out_error` are scalars on the device until they have been read.
     """
 
     metric: Metric | RowMetric
@@ -219,10 +220,21 @@ class Majorize(Solver):
                 if status is not Status.ITERATION_LIMIT:
                     break
         result = assemble(problem, structure, best, status, history)
-        if history and best is first and not problem.activation.exact:
-            note = f"linear fit: looking through {problem.activation.name} did not help"
+        if history and not problem.activation.exact:
+            note = looked_through(problem, first, best)
             result = result.replace(notes=(*result.notes, note))
         return result
+
+
+def looked_through(problem: ResponseProblem, first: MajorizeState, best: MajorizeState) -> str:
+    """What an activation without proven descent did to the error of the linear fit."""
+    name = problem.activation.name
+    if best is first:
+        return f"linear fit: looking through {name} did not help"
+    if not problem.held.rows:
+        return f"fitted through {name}"
+    errors = f"{best.held_out_error:.4g} instead of {first.held_out_error:.4g}"
+    return f"fitted through {name}: held-out error {errors} of the linear fit"
 
 
 def read(problem: ResponseProblem, states: list[MajorizeState]) -> None:

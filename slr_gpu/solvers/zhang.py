@@ -27,8 +27,8 @@ from ..curves import Candidate, candidates
 from ..decomposition import Decomposition, Status, Structure
 from ..errors import BudgetError, InputError, complain
 from ..layer_budget import LayerBudget
-from ..ops import NumpyOps
 from ..metric import Metric, RowMetric
+from ..ops import NumpyOps
 from ..problem import ResponseProblem, ordered_metric, project
 from .base import Solver
 from .majorize import MajorizeState, assemble, closed_form
