@@ -1,12 +1,13 @@
 """Linear layers of a small trained transformer against alternating sparse + low-rank.
 
-In: nothing; two language models of characters, with GELU and with SiLU, are trained here on the source of
-Python's standard library. Out, for every linear layer and budget, errors ``||Y - r(Z)||^2 / ||Y||^2`` on
-text that no fit sees:
+In: nothing; two language models of characters, with GELU and with SiLU, are trained here on the
+source of Python's standard library. Out, for every linear layer and budget, errors
+``||Y - r(Z)||^2 / ||Y||^2`` on text that no fit sees:
 
 - before the activation, `fit(objective="linear")` and `Grebsmo` beside the baseline: 80 rounds of
   hard threshold and truncated SVD on the weight scaled by the root mean square of its inputs
-  (as OATS, Zhang and Papyan 2024), for single entries or whole columns, at its best of several ranks;
+  (as OATS, Zhang and Papyan 2024), for single entries or whole columns, at the best of several
+  ranks, chosen on that text in its favour;
 - after it, the fit through the activation beside the fit that ignores it.
 
     python -m benchmarks.transformer_layers --out benchmarks/results/transformer_layers.json

@@ -1,7 +1,7 @@
 """Layers with so many columns or outputs that their Gram matrix or covariance does not fit.
 
-In: nothing; the arrays are drawn here. Out, per layer: what was kept, the seconds of `slr_gpu.fit` on
-host arrays, the process's peak memory (`resource.getrusage`), and the held-out error after the
+In: nothing; the arrays are drawn here. Out, per layer: what was kept, the seconds of `slr_gpu.fit`
+on host arrays, the process's peak memory (`resource.getrusage`), and the held-out error after the
 activation beside that of the truncated SVD of the weight with as many numbers. Every layer is
 fitted in a process of its own, so that the peak is its own:
 

@@ -333,7 +333,7 @@ class ResponseProblem:
 
     def linear_bias(self, M: Array) -> Array:
         """The best bias of M before the activation."""
-        return self.z_mean - M @ self.x_mean
+        return self.z_mean - self.at_mean(M)
 
     # -- the problem after the activation ------------------------------------------------------
 
@@ -403,9 +403,13 @@ class ResponseProblem:
         """
         return self.samples.sum(function)
 
+    def at_mean(self, M: Array) -> Array:
+        """``M x_mean`` (n,), the response of M to the mean input; M is not copied to float64."""
+        return (M @ self.x_mean.astype(M.dtype, copy=False)).astype("float64", copy=False)
+
     def centred_bias(self, M: Array, bias: Array) -> Array:
         """The bias that goes with centred inputs, (1, n), in the dtype of the data."""
-        return (bias + M @ self.x_mean).astype(self.samples.dtype)[None]
+        return (bias + self.at_mean(M)).astype(self.samples.dtype)[None]
 
     def objective(self, M: Array, bias: Array, *, convex: bool = False) -> float:
         """``f(M, bias)``, the loss per sample without the ridge."""

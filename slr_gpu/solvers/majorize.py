@@ -115,7 +115,7 @@ class Majorize(Solver):
         The momentum is Nesterov's share age / (age + 3) of the last change.
         """
         curvature = state.curvature
-        centred = state.bias + state.M @ problem.x_mean
+        centred = state.bias + problem.at_mean(state.M)
         step = state.metric.step(problem, state.F, state.M, state.correlation)
         F, new_centred = state.F + step / curvature, centred + state.R_mean / curvature
         if state.momentum is not None:
@@ -124,7 +124,7 @@ class Majorize(Solver):
             new_centred = new_centred + share * state.momentum[1]
         new = MajorizeState(state.metric, state.kept, None, None, None, None, curvature)
         place(new, F, structure.k)
-        new.bias = new_centred - new.M @ problem.x_mean
+        new.bias = new_centred - problem.at_mean(new.M)
         new.momentum, new.age = (new.F - state.F, new_centred - centred), state.age + 1
         new.flattest = state.flattest
         new.curvature = max(curvature * FLATTER, new.flattest)

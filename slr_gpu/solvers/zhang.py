@@ -138,7 +138,7 @@ class Zhang(Solver):
         """Reduced-rank regression on the z of an evaluated state."""
         moved = state.F + state.metric.step(problem, state.F, state.M, state.correlation)
         F, M, U = project(state.metric, moved, 0, structure.k)
-        bias = state.bias + state.R_mean - (M - state.M) @ problem.x_mean
+        bias = state.bias + state.R_mean - problem.at_mean(M - state.M)
         return ZhangState(state.metric, F, M, bias, U)
 
     def phase(
