@@ -213,7 +213,7 @@ class RowMetric:
         U = leading_vectors(self.ops, self.rho * (outer(self.ops, rest) + left.T @ left), k)
         narrow = U.astype(dtype)
         M = xp.empty_like(F)
-        xp.matmul(narrow, narrow.T @ rest, out=M[:, :m])
+        M[:, :m] = narrow @ (narrow.T @ rest)
         # A takes over on S what U V leaves of the responses.
         outside = outside - (outside @ narrow) @ narrow.T
         B = solve_both(self.ops, L, outside.astype("float64"))

@@ -42,7 +42,7 @@ GRAM_BLOCK = 16384
 # The most columns whose Gram matrix is formed: that, its ridge and its factor take 3 GB then.
 WIDEST = 11_000
 # The most rows that a problem by rows is fitted on: its solves grow with their square.
-MOST_ROWS = 4096
+MOST_ROWS = 2048
 # Cached attributes that belong to one choice of coordinates and rows.
 _COORDINATES = (
     "scatter",

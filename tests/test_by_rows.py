@@ -114,6 +114,9 @@ def test_curves_are_those_of_the_gram_matrix(by_rows):
         (4, {"keep": 0.25, "form": "channels"}, None),
         (4, {"keep": 0.25, "form": "columns"}, None),
         (4, {"basis_rows": 20, "channels": 5, "rank": 3}, None),
+        # Narrow enough for a Gram matrix, but with fewer rows still.
+        (4, {"basis_rows": 21, "channels": 5, "rank": 3}, None),
+        (4, {"basis_rows": 21, "channels": 5, "rank": 3}, slr_gpu.ADMM()),
         (1, {"keep": 0.25}, None),
         (1, {"columns": 10, "rank": 2}, None),
         (1, {"keep": 0.25}, slr_gpu.Zhang()),
