@@ -80,9 +80,10 @@ def one(name: str, keep: float = 0.25) -> None:
     """Fit one layer here and print what it took as JSON."""
     make, settings = CASES[name]
     layer_io = make()
-    before, began = peak_gib(), time.perf_counter()
+    before, began, cpu = peak_gib(), time.perf_counter(), time.process_time()
     fitted = slr_gpu.fit(layer_io, keep=keep, **settings)
     seconds, peak = time.perf_counter() - began, peak_gib()
+    cpu = time.process_time() - cpu
     svd = slr_gpu.fit(layer_io, keep=keep, solver=slr_gpu.WeightSVD())
     n, m = layer_io.weight.shape
     entry = {
@@ -94,6 +95,7 @@ def one(name: str, keep: float = 0.25) -> None:
         "kept": (fitted.parameters - n) / (n * m),
         "structure": str(fitted.structure),
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "peak_gib": peak,
         "peak_gib_before": before,
         "held_out_error": fitted.held_out_error,
