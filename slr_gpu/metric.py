@@ -19,7 +19,8 @@ which of the two they work with.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .ops import NumpyOps
@@ -110,6 +111,30 @@ class Metric:
     def explained(self, problem: ResponseProblem) -> Explained:
         """What leading columns explain of the linear problem."""
         return Explained(problem, self.target(problem))
+
+    def increments(
+        self, problem: ResponseProblem, X: Array, widths: list[int]
+    ) -> Iterator[tuple[Array, Array]]:
+        """What more columns add, from one width to the next, beginning with none.
+
+        Parameters
+        ----------
+        X : array, (p, m)
+            Other rows, in the problem's coordinates and column order.
+        widths : list of int
+            Ascending; of the columns in the metric's order.
+
+        Yields
+        ------
+        responses : array, (p, n)
+            How the responses on X change, of the linear minimiser on these columns alone.
+        gram : float64 array, (n, n)
+            ``T_c H T_cᵀ``: what the added columns explain.
+        """
+        F, H = self.target(problem), self.whiten(X.astype("float64")).astype(X.dtype)
+        for low, high in pairwise([0, *widths]):
+            part = F[:, low:high]
+            yield H[:, low:high] @ part.astype(X.dtype).T, part @ part.T
 
     def product(self, problem: ResponseProblem, N: Array) -> Array:
         """``N G``."""
@@ -237,6 +262,15 @@ class RowMetric:
     def explained(self, problem: ResponseProblem) -> RowExplained:
         return RowExplained(problem)
 
+    def increments(
+        self, problem: ResponseProblem, X: Array, widths: list[int]
+    ) -> Iterator[tuple[Array, Array]]:
+        found = RowExplained(problem, self.order)
+        X = X if self.order is None else X[:, self.order]
+        for low, high in pairwise([0, *widths]):
+            added = found.responses(X, high) - found.responses(X, low)
+            yield added, found.left(low) - found.left(high)
+
     def product(self, problem: ResponseProblem, N: Array) -> Array:
         N = N.astype(self.X.dtype, copy=False)
         return (N @ self.X.T) @ self.X + self.rho * N
@@ -260,8 +294,10 @@ class RowExplained:
     # Sums over rows are kept at so many sizes; those between start from the one before.
     STOPS = 16
 
-    def __init__(self, problem: ResponseProblem) -> None:
-        self.problem = problem
+    def __init__(self, problem: ResponseProblem, order: Array | None = None) -> None:
+        self.problem, self.X, self.W = problem, problem.samples.X, problem.W
+        if order is not None:
+            self.X, self.W = self.X[:, order], self.W[:, order]
         self._left: dict[int, Array] = {}
         self._sums: dict[int, tuple[Array, Array]] = {}
 
@@ -274,8 +310,8 @@ class RowExplained:
             unit = max(1, -(-problem.width // self.STOPS))
             start = (width - 1) // unit * unit
             gram, D = self._sum(start)
-            X = problem.samples.X[:, start:width]
-            sums = gram + outer(problem.ops, X), D - X @ problem.W[:, start:width].T
+            X = self.X[:, start:width]
+            sums = gram + outer(problem.ops, X), D - X @ self.W[:, start:width].T
             if width % unit and width != problem.width:
                 return sums
             self._sums[width] = sums
@@ -287,9 +323,17 @@ class RowExplained:
             problem, ops = self.problem, self.problem.ops
             gram, D = self._sum(width)
             half = ops.solve_triangular(factor(ops, gram, problem.rho), D.astype("float64"))
-            rest = outer(ops, problem.W[:, width:])
+            rest = outer(ops, self.W[:, width:])
             self._left[width] = problem.rho * (rest + half.T @ half)
         return self._left[width]
+
+    def responses(self, X: Array, width: int) -> Array:
+        """Responses (p, n) of the minimiser on the first columns alone to other rows."""
+        ops, (gram, D) = self.problem.ops, self._sum(width)
+        B = solve_both(ops, factor(ops, gram, self.problem.rho), D.astype("float64"))
+        part = X[:, :width]
+        across = part @ self.X[:, :width].T
+        return part @ self.W[:, :width].T + across @ B.astype(X.dtype)
 
     def energy(self, width: int) -> float:
         return float(self.problem.ops.xp.trace(self.left(0) - self.left(width)))

@@ -16,6 +16,7 @@ from slr_gpu.errors import InputError
 from slr_gpu.ops import NumpyOps
 from slr_gpu.problem import ResponseProblem, metric_of, project
 from slr_gpu.support import SupportSearch
+from slr_gpu.tradeoff import TradeOff
 
 OPS = NumpyOps()
 
@@ -102,6 +103,17 @@ def test_curves_are_those_of_the_gram_matrix(by_rows):
     for r, s, k in ((25, 0, 3), (25, 7, 4), (25, 25, 0), (5, 2, 1), (1, 0, 1), (9, 9, 0)):
         structure = Structure("rotated", s, k, r)
         assert rows.error(structure) == pytest.approx(direct.error(structure), rel=1e-7)
+
+
+@pytest.mark.parametrize("form", ["rotated", "columns", "channels"])
+def test_trade_offs_are_those_of_the_gram_matrix(by_rows, form):
+    direct, rows = (
+        {p.structure: p.error for p in TradeOff(view, form).points()}
+        for view in both(by_rows, layer(), ridge=1e-3)
+    )
+    assert rows.keys() == direct.keys() and len(rows) > 20
+    for structure, error in direct.items():
+        assert rows[structure] == pytest.approx(error, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("dtype", ["f8", "f4"])
