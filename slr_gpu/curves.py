@@ -19,7 +19,7 @@ from typing import Any
 from .decomposition import Structure
 from .errors import BudgetError, complain
 from .layer_budget import LayerBudget, largest_basis
-from .problem import ResponseProblem, ordered_metric, project
+from .problem import ResponseProblem, ordered_metric
 from .support import SupportSearch, group_size
 
 Array = Any
@@ -67,8 +67,7 @@ def rotation(problem: ResponseProblem, weight: Array) -> Array:
     over_channels = weight.reshape(-1, c, taps).transpose(0, 2, 1).reshape(-1, c)
     weighted = over_channels @ R
     right = xp.linalg.eigh(weighted.T @ weighted)[1][:, ::-1]
-    solve = problem.ops.scipy.linalg.solve_triangular
-    rows = solve(R, right, lower=True, trans=1, check_finite=False)  # columns: R^-T v
+    rows = problem.ops.solve_triangular(R, right, transposed=True)  # columns: R^-T v
     Q = xp.linalg.qr(rows)[0]
     Q = Q * xp.sign(Q[xp.argmax(xp.abs(Q), axis=0), xp.arange(c)])
     return Q.T
@@ -95,23 +94,14 @@ class RotatedCurve:
 
     def __init__(self, problem: ResponseProblem) -> None:
         self.problem = problem
-        xp = problem.ops.xp
-        self.F = problem.metric.whiten(problem.start_rhs)
-        energy = xp.square(self.F).sum(axis=0).reshape(-1, problem.taps).sum(axis=1)
-        self.energy = problem.ops.to_numpy(xp.concatenate([xp.zeros(1), xp.cumsum(energy)]))
+        self.explained = problem.metric.explained(problem)
         self._spectra: dict[tuple[int, int], Any] = {}
 
     def spectrum(self, r: int, s: int) -> Any:
-        """Cumulative sums of the eigenvalues of ``F_c F_cᵀ``, descending, from zero."""
+        """Eigenvalues of ``F_c F_cᵀ``, descending."""
         if (r, s) not in self._spectra:
-            xp, taps = self.problem.ops.xp, self.problem.taps
-            part = self.F[:, s * taps : r * taps]
-            gram = part @ part.T if len(part) <= part.shape[1] else part.T @ part
-            if len(gram):
-                values = self.problem.ops.to_numpy(xp.linalg.eigvalsh(gram))[::-1]
-            else:
-                values = self.problem.ops.to_numpy(xp.zeros(0))
-            self._spectra[r, s] = values.clip(min=0)
+            taps = self.problem.taps
+            self._spectra[r, s] = self.explained.spectrum(s * taps, r * taps)
         return self._spectra[r, s]
 
     def error(self, structure: Structure) -> float:
@@ -119,7 +109,8 @@ class RotatedCurve:
         r, s, k = structure.r, structure.s, structure.k
         tail = float(self.spectrum(r, s)[k:].sum()) if r > s else 0.0
         energy = self.problem.linear_energy
-        return (energy - float(self.energy[r]) + tail) / max(energy, 1e-30)
+        explained = self.explained.energy(r * self.problem.taps)
+        return (energy - explained + tail) / max(energy, 1e-30)
 
     def best(
         self,
@@ -330,9 +321,8 @@ def _closed_form(
 ) -> tuple[float, Array]:
     """Relative linear error and weight of the closed form."""
     metric, kept = ordered_metric(problem, structure, support)
-    F, M, _ = project(metric, metric.whiten(problem.start_rhs), kept, structure.k)
-    energy = problem.linear_energy
-    return (energy - float(problem.ops.xp.sum(F**2))) / max(energy, 1e-30), M
+    F, M, _ = metric.project(metric.target(problem), kept, structure.k, vectors=False)
+    return metric.missed(problem, F) / max(problem.linear_energy, 1e-30), M
 
 
 def _best_basis(problem: ResponseProblem, M: Array, basis: Array, steps: int = 5) -> Array:
@@ -352,13 +342,14 @@ def _best_basis(problem: ResponseProblem, M: Array, basis: Array, steps: int = 5
     def precondition(residual):
         return xp.linalg.solve(problem.channel_gram, xp.linalg.solve(factors, residual).T).T
 
-    residual = contract(problem.start_rhs - expand(basis) @ problem.G)
+    metric = problem.metric
+    residual = contract(metric.lacking(problem, expand(basis)))
     direction = scaled = precondition(residual)
     power = xp.sum(residual * scaled)
     for _ in range(steps):
         if not power > 0:  # the basis is exact already
             break
-        moved = contract(expand(direction) @ problem.G)
+        moved = contract(metric.product(problem, expand(direction)))
         step = power / xp.sum(direction * moved)
         basis, residual = basis + step * direction, residual - step * moved
         scaled = precondition(residual)
@@ -377,7 +368,8 @@ def _supported(
 ) -> list[Candidate]:
     """The two best splits between A and U V for a form without a basis.
 
-    They are found without exchange rounds; only these two are then improved.
+    They are found without exchange rounds; only these two are then improved. Where looks at all
+    columns are dear, one elimination is all the search, and the best split of it is returned.
     """
     search = SupportSearch(problem, group_size(form, problem.taps))
     splits = [_split(search, budget, form, share) for share in shares]
@@ -387,6 +379,12 @@ def _supported(
     # One elimination passes all the sizes, at the rank of the middle one.
     ranks = [structures[s].k for s in sorted(structures)]
     shrunk = search.shrink(list(structures), ranks[len(ranks) // 2])
+    if not search.patient:
+        errors = {s: search.evaluate(shrunk[s], split.k).error for s, split in structures.items()}
+        best = structures[min(errors, key=errors.get)]
+        columns = search.evaluate(shrunk[best.s], best.k).columns
+        # The search has seen few of the rows.
+        return [Candidate(best, _closed_form(problem, best, columns)[0], problem, columns)]
     tried = [
         (search.starts(s, structure.k, 2, shrunk[s])[0].error, s)
         for s, structure in structures.items()

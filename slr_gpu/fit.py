@@ -7,24 +7,27 @@ In: a `LayerIO` and what is asked for, as a budget (problem (2) of Ma et al. 201
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
 from . import activations
-from .curves import Candidate, held_out_error, refine_basis, rotated
+from .curves import Candidate, refine_basis, rotated
 from .decomposition import Decomposition, Structure, grouping
 from .errors import InputError, complain
 from .layer_budget import LayerBudget, check_form
 from .layer_io import LayerIO
 from .ops import get_ops
 from .problem import ResponseProblem
-from .solvers import ADMM, Majorize, Solver
+from .ridge import NEAR, STRENGTHS, USUAL, best_ridge, has_few_rows, strength
+from .solvers import ADMM, Majorize, Solver, WeightSVD
 from .support import select_support
 
 Array = Any
 
-# Ridges that are tried on held-out rows, as fractions of the mean diagonal of the Gram matrix.
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+FEW_ROWS_NOTE = (
+    "fewer rows than columns: the truncated SVD of the weight does best on rows held out"
+)
 
 
 def fit(
@@ -78,7 +81,8 @@ def fit(
         Whether errors count after the layer's activation or before it.
     ridge : float or "auto"
         Pull towards the original weight, as a fraction of the mean diagonal of the Gram matrix;
-        ``auto`` chooses on held-out rows.
+        ``auto`` chooses on held-out rows. With fewer rows than columns, `Majorize` then returns
+        the truncated SVD of the weight where that does better on them.
     held_out : float
         Fraction of rows that is never fitted and decides between structures.
     device : str
@@ -119,20 +123,32 @@ def fit(
         held_out=held_out,
         activation=activation,
     )
-    choose_ridge = ridge == "auto" and problem.held.rows > 0
     if request == "penalties":
         return _fit_penalties(problem, solver, lambda1, lambda2, relative, form)
+    if request == "budget" and budget is None:
+        n, m = layer_io.weight.shape
+        budget = LayerBudget(n, layer_io.channels, layer_io.taps, ((1.0, keep * n * m),))
+    ridges = USUAL if ridge == "auto" and problem.held.rows and solver.tunes_ridge else ()
+    plain = None
+    if ridges and has_few_rows(problem):
+        equal = rank or 1 if budget is None else budget.largest_rank("columns", 0)
+        first = strength(problem, max(equal, 1))
+        if budget is not None and equal > 0 and solver.yields and form in ("auto", "columns"):
+            plain = WeightSVD().solve(problem, Structure("columns", 0, equal))
+            plain = plain.replace(notes=(*plain.notes, FEW_ROWS_NOTE))
+            if math.isinf(first):
+                return plain
+        first = min(first, STRENGTHS[-1])
+        problem, ridges = problem.with_ridge(first), tuple(first * factor for factor in NEAR)
     if request == "sizes":
         chosen = _sized(problem, solver, columns, channels, basis_rows, rank, form)
     else:
-        n, m = layer_io.weight.shape
-        if budget is None:
-            budget = LayerBudget(n, layer_io.channels, layer_io.taps, ((1.0, keep * n * m),))
         chosen = solver.choose(problem, budget, form)
-    if choose_ridge and solver.tunes_ridge:
-        chosen = _best_ridge(chosen)
+    if ridges:
+        chosen = best_ridge(chosen, ridges)
     support = None if solver.chooses_support else chosen.support
-    return solver.solve(chosen.problem, chosen.structure, support)
+    found = solver.solve(chosen.problem, chosen.structure, support)
+    return plain if plain and plain.held_out_error < found.held_out_error else found
 
 
 def _fit_penalties(
@@ -158,13 +174,13 @@ def _fit_penalties(
 def _check_request(
     layer_io, keep, columns, channels, basis_rows, rank, lambda1, lambda2, budget, form
 ) -> str:
-    """Which of the three ways was used; InputError unless it is exactly one, and in range."""
+    """Which way was used: budget, sizes or penalties; InputError unless one, and in range."""
     n, m = layer_io.weight.shape
     c, taps = layer_io.channels, layer_io.taps
     check_form(form, taps > 1, kernel_size=layer_io.kernel_size)
     sizes = {"columns": columns, "channels": channels, "basis_rows": basis_rows, "rank": rank}
     ways = {
-        "keep": keep is not None or budget is not None,
+        "budget": keep is not None or budget is not None,
         "sizes": any(size is not None for size in sizes.values()),
         "penalties": lambda1 is not None or lambda2 is not None,
     }
@@ -243,12 +259,3 @@ def _sized(
     structure = Structure(form, (channels if channels is not None else columns) or 0, rank)
     support, error = select_support(problem, structure)
     return Candidate(structure, error / max(problem.linear_energy, 1e-30), problem, support)
-
-
-def _best_ridge(chosen: Candidate) -> Candidate:
-    """The same candidate with the ridge whose closed form has the least held-out error."""
-    views = [
-        Candidate(chosen.structure, chosen.error, chosen.problem.with_ridge(ridge), chosen.support)
-        for ridge in RIDGES
-    ]
-    return min(views, key=held_out_error)

@@ -191,11 +191,12 @@ class LayerIO:
             f" activation={self.activation.name!r})"
         )
 
-    def split(self, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+    def split(self, held_out: float, fold: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers to fit on and to hold out, by whole samples spread evenly over the data.
 
         Rows without samples of their own are taken in 64 neighbouring runs, because neighbours
-        (positions of one image, frames of one sound) are often alike.
+        (positions of one image, frames of one sound) are often alike. Other folds hold other
+        samples out; together, ``round(1 / held_out)`` of them hold each one out once.
         """
         samples, inverse = np.unique(self.sample_ids, return_inverse=True)
         if len(samples) == len(self.sample_ids):
@@ -204,7 +205,7 @@ class LayerIO:
         if held_out == 0 or count < 2:
             return np.arange(len(inverse)), np.arange(0)
         step = max(2, round(1 / held_out))
-        chosen = inverse % step == min(step, count) - 1
+        chosen = inverse % step == min(step, count) - 1 - fold
         return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
     def save(self, path: str | Path) -> None:

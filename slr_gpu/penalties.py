@@ -26,20 +26,50 @@ if TYPE_CHECKING:
 Array = Any
 
 
-def low_rank_projection(ops: NumpyOps, F: Array, k: int) -> tuple[Array, Array]:
-    """Best rank-k approximation of F (n, w): ``(U Uᵀ F, U)``, U from the smaller Gram matrix."""
+# Columns that are taken to float64 at once.
+CHUNK = 4096
+
+
+def outer(ops: NumpyOps, A: Array) -> Array:
+    """``A Aᵀ`` in float64."""
+    if A.dtype == "float64":
+        return A @ A.T
+    total = ops.xp.zeros((len(A), len(A)))
+    for start in range(0, A.shape[1], CHUNK):
+        part = A[:, start : start + CHUNK].astype("float64")
+        total += part @ part.T
+    return total
+
+
+def leading_vectors(ops: NumpyOps, gram: Array, k: int) -> Array:
+    """Eigenvectors (n, k) of the largest eigenvalues of a symmetric matrix (n, n)."""
+    return _signed(ops.xp, ops.xp.linalg.eigh(gram)[1][:, ::-1][:, :k])
+
+
+def _signed(xp: Any, U: Array) -> Array:
+    """Orthonormal columns with signs that do not depend on where they were computed."""
+    return U * xp.sign(U[xp.argmax(xp.abs(U), axis=0), xp.arange(U.shape[1])])
+
+
+def low_rank_projection(
+    ops: NumpyOps, F: Array, k: int, *, vectors: bool = True
+) -> tuple[Array, Array | None]:
+    """Best rank-k approximation of F (n, w): ``(U Uᵀ F, U)``, U from the smaller Gram matrix.
+
+    Without `vectors`, U may be None: it costs something where n > w.
+    """
     xp = ops.xp
     n, width = F.shape
     k = min(k, n, width)
     if k == 0:
         return xp.zeros_like(F), xp.zeros((n, 0), dtype=F.dtype)
     if n <= width:
-        U = xp.linalg.eigh(F @ F.T)[1][:, ::-1][:, :k]
+        U = leading_vectors(ops, outer(ops, F), k).astype(F.dtype, copy=False)
     else:
-        right = xp.linalg.eigh(F.T @ F)[1][:, ::-1][:, :k]
-        U = xp.linalg.qr(F @ right)[0]
-    # Signs are arbitrary: fix them, so that the same problem gives the same factors everywhere.
-    U = U * xp.sign(U[xp.argmax(xp.abs(U), axis=0), xp.arange(k)])
+        right = leading_vectors(ops, outer(ops, F.T), k).astype(F.dtype, copy=False)
+        if not vectors:
+            return (F @ right) @ right.T, None
+        U = _signed(xp, xp.linalg.qr(F @ right)[0])
     return U @ (U.T @ F), U
 
 

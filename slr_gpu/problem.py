@@ -14,6 +14,9 @@ trained.
 Weights are laid out as DESIGN 2 says: for a convolution m = c * prod(kernel), in PyTorch's memory
 order, so that input channel c owns neighbouring columns. `in_basis` changes variables to rotated
 and truncated input channels; all else then works in it unchanged.
+
+Of more than `WIDEST` columns no Gram matrix is formed: the problem works `by_rows`, in the other
+form of the same metric (`slr_gpu.metric`), on at most `MOST_ROWS` rows.
 """
 
 from __future__ import annotations
@@ -27,14 +30,19 @@ from .activations import Activation
 from .decomposition import Structure, grouping
 from .errors import InputError, complain
 from .layer_io import LayerIO
+from .metric import Metric, RowMetric
 from .ops import NumpyOps
-from .penalties import low_rank_projection
+from .penalties import outer
 from .samples import Samples, to_basis
 
 Array = Any
 
 # The Gram matrix is added up in float64 after each block: fewer, larger ones.
 GRAM_BLOCK = 16384
+# The most columns whose Gram matrix is formed: that, its ridge and its factor take 3 GB then.
+WIDEST = 11_000
+# The most rows that a problem by rows is fitted on: its solves grow with their square.
+MOST_ROWS = 2048
 # Cached attributes that belong to one choice of coordinates and rows.
 _COORDINATES = (
     "scatter",
@@ -42,46 +50,12 @@ _COORDINATES = (
     "metric",
     "channel_gram",
     "start_correlation",
-    "start_rhs",
     "target",
     "target_energy",
+    "row_gram",
+    "weight_responses",
+    "centred_responses",
 )
-
-
-class Metric:
-    """A Cholesky factor of the Gram matrix, with its columns in a chosen order.
-
-    With ``G = L Lᵀ`` and F = M L, ``||M||_G = ||F||_F``. The factor of the leading columns is the
-    leading block of L, and the Schur complement of a leading set S is ``L_cc L_ccᵀ``: one
-    factorisation answers for every leading set (DESIGN 2, consequence 2).
-    """
-
-    def __init__(self, ops: NumpyOps, G: Array, order: Array | None = None) -> None:
-        self.ops, self.order = ops, order
-        self.L = ops.xp.linalg.cholesky(G if order is None else G[order][:, order])
-
-    def leading(self, width: int) -> Metric:
-        """The metric of the first columns: the leading block of L."""
-        other = copy.copy(self)
-        other.L = self.L[:width, :width]
-        return other
-
-    def whiten(self, rhs: Array) -> Array:
-        """``F = rhs L^-T`` of right-hand sides (n, m) in the problem's column order."""
-        rhs = rhs if self.order is None else rhs[:, self.order]
-        solve = self.ops.scipy.linalg.solve_triangular
-        return solve(self.L, rhs.T, lower=True, check_finite=False).T
-
-    def unwhiten(self, F: Array) -> Array:
-        """``M = F L^-1``, in the problem's column order."""
-        width = F.shape[1]
-        solve = self.ops.scipy.linalg.solve_triangular
-        M = solve(self.L[:width, :width], F.T, lower=True, trans=1, check_finite=False).T
-        if self.order is None:
-            return M
-        result = self.ops.xp.empty_like(M)
-        result[:, self.order] = M
-        return result
 
 
 class ResponseProblem:
@@ -98,6 +72,10 @@ class ResponseProblem:
     activation : Activation, optional
         Look through another activation than the layer's own (``identity`` for the linear
         objective); held-out errors are always after the layer's own.
+    fold : int
+        Which rows are held out, see `LayerIO.split`.
+    by_rows : bool
+        Work by rows even where the Gram matrix could be formed.
 
     Attributes
     ----------
@@ -110,6 +88,10 @@ class ResponseProblem:
     rho : float
         The ridge.
     basis : array, (r, c), or None
+    by_rows : bool
+        Whether the metric is that of the rows, and W in the dtype of the data.
+    notes : tuple of str
+        For the report.
     """
 
     def __init__(
@@ -120,6 +102,8 @@ class ResponseProblem:
         ridge: float = 1e-3,
         held_out: float = 0.1,
         activation: Activation | None = None,
+        fold: int = 0,
+        by_rows: bool = False,
     ) -> None:
         if not 0 <= held_out <= 0.5:
             raise InputError(
@@ -133,7 +117,7 @@ class ResponseProblem:
         self.channels, self.taps = layer_io.channels, layer_io.taps
         self.activation = layer_io.activation if activation is None else activation
         self.basis: Array | None = None
-        fitted, held = layer_io.split(held_out)
+        fitted, held = layer_io.split(held_out, fold)
         if len(fitted) < 2:
             raise InputError(
                 complain(
@@ -141,7 +125,13 @@ class ResponseProblem:
                 )
             )
         dtype, xp = layer_io.inputs.dtype, ops.xp
-        self.W = ops.asarray(layer_io.weight, xp.float64)
+        m = layer_io.weight.shape[1]
+        self.by_rows, self.notes = by_rows or m > WIDEST, ()
+        if self.by_rows and len(fitted) > MOST_ROWS:
+            every = fitted
+            fitted = every[:: -(-len(every) // MOST_ROWS)]
+            self.notes = (f"fitted on {len(fitted)} of {len(every)} rows: {m} columns",)
+        self.W = ops.asarray(layer_io.weight, dtype if self.by_rows else xp.float64)
         self.bias = ops.asarray(layer_io.bias, xp.float64)
         Y, Z = layer_io.targets, layer_io.linear_targets
         if Z is None:
@@ -161,7 +151,7 @@ class ResponseProblem:
         self.held.centre(self.x_mean)
         self._ridge_unit, energy = self._scales()
         self.rho = ridge * self._ridge_unit
-        self._energies = (energy, float(xp.sum(self.W**2)))
+        self._energies = (energy, self._weight_energy())
 
     def _scales(self) -> tuple[float, float]:
         """Mean diagonal of ``Xcᵀ Xc``, from some thousand rows, and ``||Zc||^2``."""
@@ -177,9 +167,29 @@ class ResponseProblem:
         unit = float(inputs) / float(count) / self.width * self.rows
         return max(unit, 1e-30), float(energy)
 
+    def _weight_energy(self) -> float:
+        """``||W||^2``."""
+        return float(self.ops.xp.einsum("nm,nm->", self.W, self.W, dtype="float64"))
+
     @cached_property
     def scatter(self) -> Array:
-        """``Xcᵀ Xc`` (m, m), float64."""
+        """``Xcᵀ Xc`` (m, m), float64.
+
+        Raises
+        ------
+        InputError
+            For more than `WIDEST` columns.
+        """
+        if self.width > WIDEST:
+            gigabytes = 3 * 8 * self.width**2 / 1e9
+            raise InputError(
+                complain(
+                    f"a layer of {self.width} columns for a solver that works with their Gram"
+                    f" matrix ({gigabytes:.0f} GB with its factor)",
+                    f"at most {WIDEST} columns",
+                    "Use Majorize, Zhang or WhitenedSVD.",
+                )
+            )
         return self.samples.sum(lambda X, Y, Z: (X.T @ X,), block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
 
     @cached_property
@@ -209,9 +219,21 @@ class ResponseProblem:
 
     def with_ridge(self, ridge: float) -> ResponseProblem:
         """The same problem with another ridge, sharing the arrays over samples."""
-        self.scatter, self.start_correlation  # noqa: B018  (computed once, then shared)
-        other = self._without("G", "metric", "start_rhs", "target", "channel_gram")
+        # Computed once, then shared.
+        if self.by_rows:
+            self.row_gram, self.weight_responses  # noqa: B018
+        else:
+            self.scatter, self.start_correlation  # noqa: B018
+        other = self._without("G", "metric", "target", "channel_gram")
         other.rho = ridge * self._ridge_unit
+        return other
+
+    def as_by_rows(self) -> ResponseProblem:
+        """The same problem by rows."""
+        if self.by_rows:
+            return self
+        other = self._without("metric")
+        other.by_rows, other.W = True, self.W.astype(self.samples.dtype)
         return other
 
     def thinned(self, rows: int) -> ResponseProblem:
@@ -252,9 +274,13 @@ class ResponseProblem:
         return self.width // self.taps
 
     @cached_property
-    def metric(self) -> Metric:
-        """The factorisation of G in the problem's own column order."""
-        return Metric(self.ops, self.G)
+    def metric(self) -> Metric | RowMetric:
+        """The metric in the problem's own column order."""
+        return self.ordered_metric(None)
+
+    def ordered_metric(self, order: Array | None) -> Metric | RowMetric:
+        """The metric with columns in some order, in the form that suits the problem's size."""
+        return RowMetric(self, order) if self.by_rows else Metric(self.ops, self.G, order)
 
     # -- the linear problem ------------------------------------------------------------------
 
@@ -263,7 +289,7 @@ class ResponseProblem:
         """``D = Zcᵀ Xc`` (n, m), float64."""
         return self.samples.sum(lambda X, Y, Z: (Z.T @ X,), block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
 
-    @cached_property
+    @property
     def start_rhs(self) -> Array:
         """Right-hand side of the linear problem, ``D + rho W``."""
         return self.start_correlation + self.rho * self.W
@@ -271,7 +297,7 @@ class ResponseProblem:
     @cached_property
     def target(self) -> Array:
         """Unrestricted minimiser ``T = rhs G⁻¹`` (n, m) of the linear problem."""
-        return self.metric.unwhiten(self.metric.whiten(self.start_rhs))
+        return self.metric.weight(self.metric.target(self))
 
     @property
     def linear_energy(self) -> float:
@@ -283,9 +309,31 @@ class ResponseProblem:
         response, weight = self._energies
         return response + self.rho * weight
 
+    @property
+    def cut_energy(self) -> float:
+        """``||W||^2`` outside the coordinates of a basis, which counts as error too."""
+        return 0.0 if self.basis is None else self._energies[1] - self._weight_energy()
+
+    # -- the same by rows ----------------------------------------------------------------------
+
+    @cached_property
+    def row_gram(self) -> Array:
+        """``Xc Xcᵀ`` (P, P), float64."""
+        return outer(self.ops, self.samples.X)
+
+    @cached_property
+    def weight_responses(self) -> Array:
+        """``Xc Wᵀ`` (P, n)."""
+        return self.samples.X @ self.W.T
+
+    @cached_property
+    def centred_responses(self) -> Array:
+        """``Zc`` (P, n)."""
+        return self.samples.Z - self.z_mean.astype(self.samples.dtype)
+
     def linear_bias(self, M: Array) -> Array:
         """The best bias of M before the activation."""
-        return self.z_mean - M @ self.x_mean
+        return self.z_mean - self.at_mean(M)
 
     # -- the problem after the activation ------------------------------------------------------
 
@@ -303,17 +351,42 @@ class ResponseProblem:
             quadratic) is ``-2/P`` times this.
         R_mean : float64 array, (n,), or None
         """
-        Mt, b = M.astype(self.samples.dtype).T, self._centred_bias(M, bias)
+        return self.residuals(M, bias, self.masked(convex), gradient=gradient)
 
-        def masked(X, Y, Z):
+    def masked(self, convex: bool) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
+        """The function of `residuals` that the masked residual is."""
+
+        def residual(Z, Y, b):
             R, loss = self.ops.masked_gradient(
-                (X @ Mt)[None], Y[None], self.activation, bias=b, convex=convex
+                Z[None], Y[None], self.activation, bias=b, convex=convex
             )
-            if not gradient:
-                return (loss[0],)
-            return loss[0], R[0].T @ X, R[0].sum(axis=0, dtype="float64")
+            return R[0], loss[0]
 
-        loss, *rest = self.samples.sum(masked)
+        return residual
+
+    def residuals(
+        self,
+        M: Array,
+        bias: Array,
+        residual: Callable[[Array, Array, Array], tuple[Array, Array]],
+        *,
+        gradient: bool = True,
+    ) -> tuple[Array, Array | None, Array | None]:
+        """`sweep` with any residual.
+
+        Parameters
+        ----------
+        residual : callable
+            Of a block's ``Xc Mᵀ`` (p, n), Y (p, n) and the bias (1, n) that goes with centred
+            inputs. Returns R (p, n) and a loss.
+        """
+        Mt, b = M.astype(self.samples.dtype, copy=False).T, self.centred_bias(M, bias)
+
+        def block(X, Y, Z):
+            R, loss = residual(X @ Mt, Y, b)
+            return (loss, R.T @ X, R.sum(axis=0, dtype="float64")) if gradient else (loss,)
+
+        loss, *rest = self.samples.sum(block)
         RtX, total = rest or (None, None)
         return loss / self.rows, RtX, None if total is None else total / self.rows
 
@@ -330,9 +403,13 @@ class ResponseProblem:
         """
         return self.samples.sum(function)
 
-    def _centred_bias(self, M: Array, bias: Array) -> Array:
+    def at_mean(self, M: Array) -> Array:
+        """``M x_mean`` (n,), the response of M to the mean input; M is not copied to float64."""
+        return (M @ self.x_mean.astype(M.dtype, copy=False)).astype("float64", copy=False)
+
+    def centred_bias(self, M: Array, bias: Array) -> Array:
         """The bias that goes with centred inputs, (1, n), in the dtype of the data."""
-        return (bias + M @ self.x_mean).astype(self.samples.dtype)[None]
+        return (bias + self.at_mean(M)).astype(self.samples.dtype)[None]
 
     def objective(self, M: Array, bias: Array, *, convex: bool = False) -> float:
         """``f(M, bias)``, the loss per sample without the ridge."""
@@ -359,17 +436,18 @@ class ResponseProblem:
         """
         if not self.held.rows:
             return self.ops.xp.full((), float("nan"))
-        Mt, b = M.astype(self.held.dtype).T, self._centred_bias(M, bias)
+        Mt, b = M.astype(self.held.dtype, copy=False).T, self.centred_bias(M, bias)
         activation = self.layer_io.activation
 
         def squares(X, Y, Z):
             loss = self.ops.masked_gradient((X @ Mt)[None], Y[None], activation, bias=b)[1]
             return (loss[0],)
 
-        return self.held.sum(squares)[0] / self._held_out_energy
+        return self.held.sum(squares)[0] / self.held_energy
 
     @cached_property
-    def _held_out_energy(self) -> float:
+    def held_energy(self) -> float:
+        """``||Y||^2`` of the held-out rows."""
         return max(self._energy(self.held), 1e-30)
 
     # -- coordinates -----------------------------------------------------------------------------
@@ -392,6 +470,7 @@ class ResponseProblem:
         other.basis = basis if self.basis is None else basis @ self.basis
         other.samples = self.samples.turned(basis, self.taps)
         other.held = self.held.turned(basis, self.taps)
+        other.by_rows = self.by_rows and other.width > other.rows
         if "scatter" in self.__dict__:
             other.scatter = turned(turned(self.scatter).T)
             other.start_correlation = turned(self.start_correlation)
@@ -410,25 +489,27 @@ class ResponseProblem:
         other = self._without(*_COORDINATES)
         other.W, other.x_mean = self.W[:, :width], self.x_mean[:width]
         other.samples, other.held = self.samples.leading(r), self.held.leading(r)
-        other.scatter = self.scatter[:width, :width]
-        other.start_correlation = self.start_correlation[:, :width]
-        other.metric = self.metric.leading(width)
         other.basis = self.basis[:r]
+        other.by_rows = self.by_rows and width > other.rows
+        if not self.by_rows:
+            other.scatter = self.scatter[:width, :width]
+            other.start_correlation = self.start_correlation[:, :width]
+            other.metric = self.metric.leading(width)
         return other
 
 
 def ordered_metric(
     problem: ResponseProblem, structure: Structure, support: Array | None
-) -> tuple[Metric, int]:
+) -> tuple[Metric | RowMetric, int]:
     """A metric whose first columns are the support, and how many those are."""
     if structure.r is not None:
         return problem.metric, structure.s * problem.taps
     return metric_of(problem, support)
 
 
-def metric_of(problem: ResponseProblem, support: Array) -> tuple[Metric, int]:
+def metric_of(problem: ResponseProblem, support: Array) -> tuple[Metric | RowMetric, int]:
     """A metric whose first columns are these, and how many those are."""
-    return Metric(problem.ops, problem.G, columns_first(problem, support)), len(support)
+    return problem.ordered_metric(columns_first(problem, support)), len(support)
 
 
 def columns_first(problem: ResponseProblem, support: Array) -> Array:
@@ -439,22 +520,6 @@ def columns_first(problem: ResponseProblem, support: Array) -> Array:
     return xp.concatenate([xp.flatnonzero(mask), xp.flatnonzero(~mask)])
 
 
-def project(metric: Metric, F: Array, kept: int, k: int) -> tuple[Array, Array, Array]:
-    """Nearest ``(A on S) + (rank k elsewhere)`` in the metric, S being its first columns.
-
-    Parameters
-    ----------
-    metric : Metric
-    F : array, (n, m)
-        Whitened target.
-    kept, k : int
-        Columns in S; rank.
-
-    Returns
-    -------
-    F, M, U : array, (n, m), (n, m), (n, k)
-        The projection, whitened and not (DESIGN 2, consequence 2).
-    """
-    low_rank, U = low_rank_projection(metric.ops, F[:, kept:], k)
-    F = metric.ops.xp.concatenate([F[:, :kept], low_rank], axis=1)
-    return F, metric.unwhiten(F), U
+def project(metric: Metric | RowMetric, F: Array, kept: int, k: int) -> tuple[Array, Array, Array]:
+    """Nearest ``(A on S) + (rank k elsewhere)`` in the metric, see `Metric.project`."""
+    return metric.project(F, kept, k)

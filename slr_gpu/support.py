@@ -1,13 +1,10 @@
 """Which columns (or input channels) the sparse part A keeps.
 
-In: a `ResponseProblem`, how many groups s and which rank k. Out: the kept columns. With T = rhs G⁻¹
-the unrestricted minimiser of the linear problem and H the Schur complement of S, everything is
-had from ``G_ss`` and matrices of size n (DESIGN 2, consequence 2), because
-
-    T_c H T_cᵀ = T G Tᵀ - rhs_s G_ss⁻¹ rhs_sᵀ ,      T_c H = rhs_c - rhs_s G_ss⁻¹ G_sc :
-
-the error of a support needs no factorisation larger than s. Groups are added in batches where
-they help most, or dropped where they help least, then exchanged, by (at fixed U, one group at a time, both exact)
+In: a `ResponseProblem`, how many groups s and which rank k. Out: the kept columns. What is known of
+a set S of columns comes from `slr_gpu.subsets`; with T the unrestricted minimiser of the linear
+problem and H the Schur complement of S, the error of S beside U V of rank k is what A alone leaves,
+less the k largest eigenvalues of ``T_c H T_cᵀ``. Groups are added in batches where they help most,
+or dropped where they help least, then exchanged, by (at fixed U, one group at a time, both exact)
 
     gain of adding g:    || (I - U Uᵀ) (T_c H)_g H_gg^{-1/2} ||^2
     cost of dropping g:  || (I - U Uᵀ) A_g ((G_ss⁻¹)_gg)^{-1/2} ||^2 ,
@@ -22,8 +19,16 @@ from typing import Any
 
 from .decomposition import Structure
 from .problem import ResponseProblem
+from .subsets import GramSubsets, RowSubsets, Solved
 
 Array = Any
+
+# Of problems by rows: rows that choose a support, and the multiply-adds of one look at all columns
+# above which few looks are taken.
+SEARCH_ROWS = 1024
+MANY = 4e9
+# Share of the energy below which an eigenvalue is rounding.
+NOTHING = 1e-12
 
 
 @dataclass
@@ -34,8 +39,7 @@ class Support:
     columns: Array
     error: float
     U: Array
-    L: Array
-    solved: Array  # L_ss^-1 rhs_sᵀ
+    solved: Solved
 
 
 class SupportSearch:
@@ -47,51 +51,42 @@ class SupportSearch:
     size : int
         Columns a group: 1, or the kernel's taps for whole channels.
     exact : bool
-        False takes the original weight for T, which it nearly is: no factorisation of G, but
-        only `evaluate` and `grow` make sense.
+        See `GramSubsets`; with False only `evaluate` and `grow` make sense.
+
+    Attributes
+    ----------
+    problem : ResponseProblem
+        On fewer rows where it is by rows.
+    patient : bool
+        Whether looks at all columns are cheap.
     """
 
     def __init__(self, problem: ResponseProblem, size: int, *, exact: bool = True) -> None:
-        self.problem, self.size, self.exact = problem, size, exact
+        if problem.by_rows:
+            problem = problem.thinned(SEARCH_ROWS)
+            self.subsets = RowSubsets(problem, size)
+        else:
+            self.subsets = GramSubsets(problem, size, exact)
+        self.problem, self.size = problem, size
         self.groups = problem.width // size
-        self.G = problem.G
-        self.rhs = problem.start_rhs
-        target = problem.target if exact else problem.W
-        gram = target @ self.rhs.T
-        self.target_gram = (gram + gram.T) / 2  # T G Tᵀ
+        self.patient = not problem.by_rows or problem.rows**2 * problem.width < MANY
 
     def evaluate(self, groups: Array, k: int) -> Support:
         """Linear error (times P) of the best A on `groups` with the best U V of rank k."""
-        ops, xp = self.problem.ops, self.problem.ops.xp
+        xp = self.problem.ops.xp
         columns = (groups[:, None] * self.size + xp.arange(self.size)[None]).reshape(-1)
-        rhs = self.rhs[:, columns]
-        gram = self.target_gram
-        L, solved = xp.zeros((0, 0)), xp.zeros((0, len(rhs)))
-        if len(columns):
-            L = xp.linalg.cholesky(self.G[columns][:, columns])
-            solve = ops.scipy.linalg.solve_triangular
-            solved = solve(L, rhs.T, lower=True, check_finite=False)
-            gram = gram - solved.T @ solved
-        values, vectors = xp.linalg.eigh(gram)
-        values, U = values[::-1].clip(min=0), vectors[:, ::-1][:, :k]
-        covered = float(xp.sum(solved**2)) + float(values[:k].sum())
-        return Support(groups, columns, self.problem.linear_energy - covered, U, L, solved)
+        solved = self.subsets.solve(columns)
+        values, vectors = xp.linalg.eigh(solved.rest)
+        values = values[::-1][:k].clip(min=0)
+        # Directions in which nothing is left are noise.
+        count = int((values > NOTHING * self.problem.linear_energy).sum())
+        U = vectors[:, ::-1][:, :count]
+        return Support(groups, columns, solved.left - float(values.sum()), U, solved)
 
     def gains(self, support: Support) -> Array:
         """What adding each group would save at fixed U; -inf inside the support."""
-        ops, xp = self.problem.ops, self.problem.ops.xp
-        correlation = self.rhs
-        blocks = self._blocks(self.G)
-        if len(support.columns):
-            solve = ops.scipy.linalg.solve_triangular
-            cross = solve(support.L, self.G[support.columns], lower=True, check_finite=False)
-            correlation = correlation - support.solved.T @ cross
-            grouped = cross.reshape(len(cross), self.groups, self.size)
-            if self.size == 1:
-                blocks = blocks - xp.einsum("sg,sg->g", cross, cross)[:, None, None]
-            else:
-                grouped = grouped.transpose(1, 2, 0)
-                blocks = blocks - xp.matmul(grouped, grouped.transpose(0, 2, 1))
+        xp = self.problem.ops.xp
+        correlation, blocks = self.subsets.coupling(support)
         correlation = correlation - support.U @ (support.U.T @ correlation)
         # Inside the support H vanishes; the floor only keeps the inverse finite there.
         blocks = blocks + self.problem.rho * 1e-3 * xp.eye(self.size)
@@ -101,26 +96,13 @@ class SupportSearch:
 
     def weight(self, support: Support) -> Array:
         """The weight (n, m) of a support: ``U Uᵀ T`` outside it, the best A on it."""
-        solve = self.problem.ops.scipy.linalg.solve_triangular
-        target = self.problem.target if self.exact else self.problem.W
-        M = support.U @ (support.U.T @ target)
-        if len(support.columns):
-            M[:, support.columns] = 0
-            rhs = self.rhs[:, support.columns] - M @ self.G[:, support.columns]
-            half = solve(support.L, rhs.T, lower=True, check_finite=False)
-            A = solve(support.L, half, lower=True, trans=1, check_finite=False).T
-            M[:, support.columns] = A
-        return M
+        return self.subsets.weight(support)
 
     def costs(self, support: Support) -> Array:
         """What dropping each group of the support would cost at fixed U."""
-        ops, xp = self.problem.ops, self.problem.ops.xp
-        A = self.weight(support)[:, support.columns]
+        A = self.subsets.sparse_part(support)
         A = A - support.U @ (support.U.T @ A)
-        solve = ops.scipy.linalg.solve_triangular
-        inverse = solve(support.L, xp.eye(len(support.L)), lower=True, check_finite=False)
-        rows = xp.ascontiguousarray(inverse.T).reshape(-1, self.size, len(inverse))
-        return self._energy(A, xp.matmul(rows, rows.transpose(0, 2, 1)))
+        return self._energy(A, self.subsets.inverse_blocks(support))
 
     def grow(self, s: int, k: int, steps: int) -> Support:
         """Add groups in `steps` batches."""
@@ -134,12 +116,12 @@ class SupportSearch:
                 support = self.evaluate(groups, k)
         return support
 
-    def shrink(self, sizes: list[int], k: int, share: float = 0.25) -> dict[int, Array]:
+    def shrink(self, sizes: list[int], k: int) -> dict[int, Array]:
         """Drop groups from the full set in batches; the groups that are left at each size.
 
         Backward elimination beside U V of rank k. A batch is a share of what is left.
         """
-        xp = self.problem.ops.xp
+        xp, share = self.problem.ops.xp, 0.25 if self.patient else 0.5
         support, left = self.evaluate(xp.arange(self.groups), k), {}
         for s in sorted(set(sizes), reverse=True):
             while len(support.groups) > s:
@@ -221,11 +203,6 @@ class SupportSearch:
                 break
         return support
 
-    def _blocks(self, G: Array) -> Array:
-        xp = self.problem.ops.xp
-        index = xp.arange(self.problem.width).reshape(self.groups, self.size)
-        return G[index[:, :, None], index[:, None, :]]
-
     def _energy(self, B: Array, blocks: Array) -> Array:
         """``trace(B_g blocks_g⁻¹ B_gᵀ)`` for groups of columns of B."""
         xp = self.problem.ops.xp
@@ -262,6 +239,9 @@ def select_support(
         Error of the linear problem, times P.
     """
     search = SupportSearch(problem, group_size(structure.form, problem.taps))
-    starts = search.starts(min(structure.s, search.groups), structure.k, steps)
-    support = search.improved(starts, structure.k, rounds)
+    s = min(structure.s, search.groups)
+    if search.patient:
+        support = search.improved(search.starts(s, structure.k, steps), structure.k, rounds)
+    else:
+        support = search.evaluate(search.shrink([s], structure.k)[s], structure.k)
     return support.columns, support.error

@@ -20,7 +20,7 @@ from typing import Any
 from .curves import rotated
 from .decomposition import Structure
 from .layer_budget import LayerBudget
-from .problem import ResponseProblem, metric_of, project
+from .problem import ResponseProblem, metric_of
 from .support import SupportSearch, group_size
 
 Array = Any
@@ -132,7 +132,7 @@ class TradeOff:
         else:
             problem = self._ordered.truncated(structure.r)
             metric, kept = problem.metric, structure.s * problem.taps
-        M = project(metric, metric.whiten(problem.start_rhs), kept, structure.k)[1]
+        M = metric.project(metric.target(problem), kept, structure.k, vectors=False)[1]
         bias = problem.linear_bias(M)
         if problem.basis is not None:
             in_basis = M.reshape(problem.n, structure.r, -1)
@@ -144,18 +144,17 @@ class TradeOff:
     def _rotated(self) -> Iterator[tuple[list[Structure], Array, Array, Array]]:
         """For every (r, s): structures, ``H_s F_sᵀ``, ``H_c F_cᵀ`` and ``F_c F_cᵀ``."""
         problem = self._ordered
-        F, H = self._whitened(problem, problem.metric)
+        rows = self._judges(problem)
         sizes = self._sizes(problem.groups)
         taps = problem.taps
         xp = problem.ops.xp
         # Sums up to each size, so that every pair (s, r) is one difference.
-        responses = [xp.zeros((len(H), problem.n), H.dtype)]
+        responses = [xp.zeros((rows.rows, problem.n), rows.dtype)]
         grams = [xp.zeros((problem.n, problem.n))]
-        for low, high in zip(sizes, sizes[1:], strict=False):
-            part = F[:, low * taps : high * taps]
-            rows = H[:, low * taps : high * taps]
-            responses.append(responses[-1] + rows @ part.astype(H.dtype).T)
-            grams.append(grams[-1] + part @ part.T)
+        widths = [size * taps for size in sizes[1:]]
+        for added, gram in problem.metric.increments(problem, rows.X, widths):
+            responses.append(responses[-1] + added)
+            grams.append(grams[-1] + gram)
         for j, r in enumerate(sizes):
             for i, s in enumerate(sizes[: j + 1]):
                 # Beside another part, A takes whole blocks of channels.
@@ -172,23 +171,15 @@ class TradeOff:
         for s, groups in sorted(self._supports.items()):
             columns = self._columns(groups)
             metric, kept = metric_of(problem, columns)
-            F, H = self._whitened(problem, metric)
             most = min(problem.n, problem.width - kept)
             ranks = ([0] if s else []) + (self._ranks(most) if most else [])
-            part = F[:, kept:]
-            fixed = H[:, :kept] @ F[:, :kept].astype(H.dtype).T
-            moving = H[:, kept:] @ part.astype(H.dtype).T
-            yield [Structure(self.form, s, k) for k in ranks], fixed, moving, part @ part.T
+            X = self._judges(problem).X
+            (fixed, _), (moving, gram) = metric.increments(problem, X, [kept, problem.width])
+            yield [Structure(self.form, s, k) for k in ranks], fixed, moving, gram
 
     def _columns(self, groups: Array) -> Array:
         xp, size = self.problem.ops.xp, self._search.size
         return (groups[:, None] * size + xp.arange(size)[None]).reshape(-1)
-
-    def _whitened(self, problem: ResponseProblem, metric: Any) -> tuple[Array, Array]:
-        """F (n, m) in float64 and H (p, m) in the dtype of the data."""
-        rows = self._judges(problem)
-        H = metric.whiten(rows.X.astype(problem.ops.xp.float64))
-        return metric.whiten(problem.start_rhs), H.astype(rows.dtype)
 
     @staticmethod
     def _judges(problem: ResponseProblem) -> Any:

@@ -12,7 +12,6 @@ from collections import deque
 from types import SimpleNamespace
 
 import numpy
-import scipy.linalg
 import scipy.special
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
@@ -176,7 +175,7 @@ class DoubleOps(NumpyOps):
 
     def __init__(self, rows=None):
         self.xp = _Module(numpy)
-        self.scipy = SimpleNamespace(linalg=_Module(scipy.linalg), special=_Module(scipy.special))
+        self.scipy = SimpleNamespace(special=_Module(scipy.special))
         self.memory = DoubleMemory(rows)
 
     def asarray(self, array, dtype=None):

@@ -62,6 +62,15 @@ def test_budget_on_a_device(monkeypatch, form):
     same(ours, fit_on(monkeypatch, DoubleOps(), layer_io, keep=0.3, form=form))
 
 
+@pytest.mark.parametrize("form", ["columns", "rotated"])
+def test_problems_by_rows_on_a_device(monkeypatch, form):
+    monkeypatch.setattr("slr_gpu.problem.WIDEST", 60)
+    monkeypatch.setattr("slr_gpu.problem.MOST_ROWS", 50)
+    layer_io = layer("relu")
+    ours = slr_gpu.fit(layer_io, keep=0.3, form=form)
+    same(ours, fit_on(monkeypatch, DoubleOps(), layer_io, keep=0.3, form=form))
+
+
 def test_penalties_on_a_device(monkeypatch):
     request = {"lambda1": 0.05, "lambda2": 0.05, "relative": True, "ridge": 1e-3}
     request["solver"] = slr_gpu.ADMM(balance=True, iterations=60)

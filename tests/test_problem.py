@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from slr_gpu import activations
 from slr_gpu.decomposition import Structure
@@ -78,7 +79,7 @@ def test_ridge_pulls_dead_directions_to_the_original_weight():
     W = rng.normal(size=(3, 6))
     layer_io = LayerIO(W, None, X, targets, "identity", linear_targets=targets)
     problem = ResponseProblem(layer_io, ops=OPS, held_out=0.0, ridge=1e-6)
-    M = problem.metric.unwhiten(problem.metric.whiten(problem.start_rhs))
+    M = problem.metric.weight(problem.metric.whiten(problem.start_rhs))
     np.testing.assert_allclose(M[:, [2, 4]], W[:, [2, 4]], atol=1e-8)
     assert np.abs(M[:, [0, 1]] - W[:, [0, 1]]).max() > 0.05
 
@@ -132,7 +133,7 @@ def test_truncated_basis_keeps_the_energy_of_the_whole_problem():
     F = turned.metric.whiten(turned.start_rhs)
     # Of M in the basis, ridge included: what is left is energy less what F explains.
     left = turned.linear_energy - np.sum(F**2)
-    M = turned.metric.unwhiten(F) @ np.kron(basis, np.eye(3))
+    M = turned.metric.weight(F) @ np.kron(basis, np.eye(3))
     bias = problem.linear_bias(M)
     direct = problem.rows * problem.objective(M, bias)
     direct += problem.rho * np.sum((M - problem.W) ** 2)
@@ -145,7 +146,7 @@ def test_metric_of_leading_columns_is_the_leading_block():
     M = np.random.default_rng(13).normal(size=(3, 6))
     F = metric.whiten(M @ problem.G)
     assert np.sum(F**2) == pytest.approx(np.trace(M @ problem.G @ M.T), rel=1e-10)
-    np.testing.assert_allclose(metric.unwhiten(F), M, atol=1e-9)
+    np.testing.assert_allclose(metric.weight(F), M, atol=1e-9)
     order = np.array([3, 1, 0, 2, 4, 5])
     G = problem.G[order][:, order]
     schur = G[2:, 2:] - G[2:, :2] @ np.linalg.solve(G[:2, :2], G[:2, 2:])
@@ -177,3 +178,17 @@ def test_linear_fit_through_another_activation_aims_before_it():
 def test_bad_settings_are_input_errors(bad):
     with pytest.raises(InputError, match="got .*; expected"):
         make(**bad)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 400])
+def test_triangular_solves_in_tiles(size, transposed):
+    rng = np.random.default_rng(size)
+    L = np.linalg.cholesky(np.eye(size) + (X := rng.standard_normal((size, size))) @ X.T)
+    rhs = rng.standard_normal((3, size)).T
+    found = NumpyOps().solve_triangular(L, rhs, transposed=transposed)
+    residual = (L.T if transposed else L) @ found - rhs
+    bound = 1e-15 * size * (np.abs(L.T if transposed else L) @ np.abs(found)).max(initial=0)
+    assert np.abs(residual).max(initial=0) <= bound
+    wanted = scipy.linalg.solve_triangular(L, rhs, lower=True, trans=int(transposed))
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)

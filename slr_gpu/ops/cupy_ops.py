@@ -98,6 +98,11 @@ class CupyOps(NumpyOps):
         with self.xp.cuda.Device(self._index):
             self.xp.cuda.get_current_stream().synchronize()
 
+    def solve_triangular(self, L: Array, rhs: Array, *, transposed: bool = False) -> Array:
+        """``L⁻¹ rhs``, or ``L⁻ᵀ rhs``, by the library."""
+        solve = self.scipy.linalg.solve_triangular
+        return solve(L, rhs, lower=True, trans=int(transposed), check_finite=False)
+
     def column_shrink(
         self,
         M: Array,

@@ -18,6 +18,8 @@ Array = Any
 # Share of the free memory that arrays which stay may take, and that the work on one block may.
 RESIDENT_SHARE = 0.5
 BLOCK_SHARE = 0.1
+# Most bytes that the work on one block takes on the CPU.
+BLOCK_BYTES = 768 * 2**20
 
 
 class HostMemory:
@@ -36,11 +38,11 @@ class HostMemory:
         return True
 
     def block_rows(self, usual: int, most: int, bytes_a_row: int) -> int:
-        """Rows a block: `usual` on the CPU, where blocks should fit the caches.
+        """Rows a block: `usual` on the CPU, less for very long rows.
 
         On a device as many as a share of the free memory holds, between `usual` and `most`.
         """
-        return usual
+        return max(min(usual, BLOCK_BYTES // bytes_a_row), 1)
 
     def release(self) -> None:
         """Give memory that is held but not used back to the device."""

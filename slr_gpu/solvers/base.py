@@ -32,6 +32,8 @@ class Solver:
         that have their own way to spend a budget.
     tunes_ridge : bool
         Whether ``ridge="auto"`` is decided on held-out rows, by the closed form.
+    yields : bool
+        Whether the truncated SVD of the weight may take its place where rows are few.
     """
 
     name: ClassVar[str]
@@ -39,6 +41,7 @@ class Solver:
     chooses_support: ClassVar[bool] = False
     takes_structures: ClassVar[bool] = True
     tunes_ridge: ClassVar[bool] = True
+    yields: ClassVar[bool] = False
 
     def candidates(
         self, problem: ResponseProblem, budget: LayerBudget, form: str

@@ -22,8 +22,8 @@ from typing import Any
 import numpy
 
 from ..decomposition import Structure
+from ..metric import solve_both
 from ..problem import ResponseProblem
-from .splitting import solve_factored
 
 Array = Any
 
@@ -119,8 +119,7 @@ def stiffness(problem: ResponseProblem) -> Array:
     the geometric mean.
     """
     xp, L = problem.ops.xp, problem.metric.L
-    solve = problem.ops.scipy.linalg.solve_triangular
-    inverse = solve(L, xp.eye(len(L)), lower=True, check_finite=False)
+    inverse = problem.ops.solve_triangular(L, xp.eye(len(L)))
     return xp.sqrt(xp.diagonal(problem.G) / xp.einsum("ij,ij->j", inverse, inverse))
 
 
@@ -316,7 +315,7 @@ def smooth(
                 state.V = (state.U.T @ scaled) / root
             both = state.M
             right = problem.start_rhs + (t * both - dual[i]) * D
-            M[i] = solve_factored(problem.ops, L, right)
+            M[i] = solve_both(problem.ops, L, right.T).T
             dual[i] = dual[i] + t * (M[i] - both)
     for state in states:
         place_sparse(problem, state, state.S)

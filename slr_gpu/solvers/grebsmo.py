@@ -230,7 +230,7 @@ class Grebsmo(Solver):
         xp, bound = problem.ops.xp, problem.activation.curvature
         M = state.M
         gradient = state.RtX + problem.rho * (problem.W - M)
-        shift = problem.metric.unwhiten(problem.metric.whiten(gradient))
+        shift = problem.metric.weight(problem.metric.whiten(gradient))
         curvature = state.curvature
         while curvature <= 256 * bound:
             new = copy.copy(state)

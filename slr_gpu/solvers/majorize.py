@@ -19,8 +19,9 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from ..decomposition import Decomposition, Status, Structure
+from ..metric import Metric, RowMetric
 from ..penalties import low_rank_projection
-from ..problem import Metric, ResponseProblem, ordered_metric, project
+from ..problem import ResponseProblem, ordered_metric, project
 from .base import Solver
 
 Array = Any
@@ -33,12 +34,13 @@ HELD_OUT_GAIN = 2e-3
 
 @dataclass
 class MajorizeState:
-    """One iterate: whitened F = M L, the weight M, its bias, U, and the sweep at (M, bias).
+    """One iterate: its point F of the metric, the weight M, its bias, U, and the sweep there.
 
-    `objective` and `held_out_error` are scalars on the device until they have been read.
+    `correlation` and `R_mean` are what `Metric.sweep` returned at (M, bias). `objective` and
+    `held_out_error` are scalars on the device until they have been read.
     """
 
-    metric: Metric
+    metric: Metric | RowMetric
     kept: int
     F: Array
     M: Array
@@ -50,7 +52,7 @@ class MajorizeState:
     age: int = 0  # steps since the momentum was dropped
     objective: float | Array = float("inf")
     held_out_error: float | Array = float("nan")
-    RtX: Array = None
+    correlation: Array = None
     R_mean: Array = None
 
     def give_up(self, bound: float) -> None:
@@ -85,6 +87,7 @@ class Majorize(Solver):
     tolerance: float = 1e-3
     patience: int = 2
     name: ClassVar[str] = "majorize"
+    yields: ClassVar[bool] = True
     forms: ClassVar[tuple[str, ...]] = ("columns", "channels", "rotated", "spatial")
 
     def start(
@@ -97,8 +100,10 @@ class Majorize(Solver):
     def evaluate(self, problem: ResponseProblem, state: MajorizeState) -> None:
         """Fill in the objective, the masked residual and the held-out error at (M, bias)."""
         convex = self.convex and problem.activation.has_convex_surrogate
-        loss, state.RtX, state.R_mean = problem.sweep(state.M, state.bias, convex=convex)
-        pull = problem.ops.xp.sum((state.M - problem.W) ** 2)
+        loss, state.correlation, state.R_mean = state.metric.sweep(
+            problem, state.F, state.M, state.bias, problem.masked(convex)
+        )
+        pull = problem.ops.xp.sum((state.M - problem.W) ** 2, dtype="float64")
         state.objective = loss + problem.rho / problem.rows * pull
         state.held_out_error = problem.held_out_error(state.M, state.bias)
 
@@ -110,16 +115,16 @@ class Majorize(Solver):
         The momentum is Nesterov's share age / (age + 3) of the last change.
         """
         curvature = state.curvature
-        centred = state.bias + state.M @ problem.x_mean
-        whitened = state.metric.whiten(state.RtX + problem.rho * (problem.W - state.M))
-        F, new_centred = state.F + whitened / curvature, centred + state.R_mean / curvature
+        centred = state.bias + problem.at_mean(state.M)
+        step = state.metric.step(problem, state.F, state.M, state.correlation)
+        F, new_centred = state.F + step / curvature, centred + state.R_mean / curvature
         if state.momentum is not None:
             share = state.age / (state.age + 3)
             F = F + share * state.momentum[0]
             new_centred = new_centred + share * state.momentum[1]
         new = MajorizeState(state.metric, state.kept, None, None, None, None, curvature)
         place(new, F, structure.k)
-        new.bias = new_centred - new.M @ problem.x_mean
+        new.bias = new_centred - problem.at_mean(new.M)
         new.momentum, new.age = (new.F - state.F, new_centred - centred), state.age + 1
         new.flattest = state.flattest
         new.curvature = max(curvature * FLATTER, new.flattest)
@@ -215,10 +220,21 @@ class Majorize(Solver):
                 if status is not Status.ITERATION_LIMIT:
                     break
         result = assemble(problem, structure, best, status, history)
-        if history and best is first and not problem.activation.exact:
-            note = f"linear fit: looking through {problem.activation.name} did not help"
-            result = result.replace(notes=(note,))
+        if history and not problem.activation.exact:
+            note = looked_through(problem, first, best)
+            result = result.replace(notes=(*result.notes, note))
         return result
+
+
+def looked_through(problem: ResponseProblem, first: MajorizeState, best: MajorizeState) -> str:
+    """What an activation without proven descent did to the error of the linear fit."""
+    name = problem.activation.name
+    if best is first:
+        return f"linear fit: looking through {name} did not help"
+    if not problem.held.rows:
+        return f"fitted through {name}"
+    errors = f"{best.held_out_error:.4g} instead of {first.held_out_error:.4g}"
+    return f"fitted through {name}: held-out error {errors} of the linear fit"
 
 
 def read(problem: ResponseProblem, states: list[MajorizeState]) -> None:
@@ -233,16 +249,23 @@ def place(state: MajorizeState, F: Array, k: int) -> None:
     state.F, state.M, state.U = project(state.metric, F, state.kept, k)
 
 
-def closed_form(problem: ResponseProblem, metric: Metric, kept: int, k: int) -> MajorizeState:
+def closed_form(
+    problem: ResponseProblem, metric: Metric | RowMetric, kept: int, k: int
+) -> MajorizeState:
     """Minimiser of the linear problem over A on the metric's first columns plus rank k."""
     state = MajorizeState(metric, kept, None, None, None, None, problem.activation.curvature)
-    place(state, metric.whiten(problem.start_rhs), k)
+    place(state, metric.target(problem), k)
     state.bias = problem.linear_bias(state.M)
     return state
 
 
 def state_of(
-    problem: ResponseProblem, metric: Metric, kept: int, k: int, M: Array, bias: Array
+    problem: ResponseProblem,
+    metric: Metric | RowMetric,
+    kept: int,
+    k: int,
+    M: Array,
+    bias: Array,
 ) -> MajorizeState:
     """The state of a given weight: as it is on S, its nearest rank-k part on the complement.
 
@@ -254,9 +277,8 @@ def state_of(
     ordered = xp.concatenate([M[:, order[:kept]], low_rank], axis=1)
     result = xp.empty_like(M)
     result[:, order] = ordered
-    return MajorizeState(
-        metric, kept, ordered @ metric.L, result, bias, U, problem.activation.curvature
-    )
+    curvature = problem.activation.curvature
+    return MajorizeState(metric, kept, metric.point(result), result, bias, U, curvature)
 
 
 def assemble(
@@ -291,4 +313,5 @@ def assemble(
         held_out_error=float(problem.held_out_error(state.M, state.bias)),
         status=status,
         history=history,
+        notes=problem.notes,
     )

@@ -66,7 +66,7 @@ def decompose(
             result = refitted.replace(status=status)
         else:
             note += " (not used)"
-        result = result.replace(history=history, notes=(note,))
+        result = result.replace(history=history, notes=(*problem.notes, note))
     if status is Status.DIVERGED:
         note = "the iteration diverged; built from its last usable iterate"
         result = result.replace(notes=(*result.notes, note))

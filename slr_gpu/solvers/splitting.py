@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..decomposition import Structure
+from ..metric import solve_both
 from ..penalties import ColumnSparse, LowRank
 from ..problem import ResponseProblem
 
@@ -223,7 +224,7 @@ def weight_step(
     for remaining in range(inner - 1, -1, -1):
         if majorize:
             rhs = 2 * c / P * (y @ problem.G) + 2 / P * RtX + t * goal
-            new_M = solve_factored(problem.ops, factor[1], rhs)
+            new_M = solve_both(problem.ops, factor[1], rhs.T).T
         else:
             L = state.setting.lipschitz
             new_M = (L * y + 2 / P * RtX + t * goal) / (L + t)
@@ -276,13 +277,6 @@ def largest_eigenvalue(ops: Any, G: Array, *, rounds: int = 100) -> float:
         if abs(value - previous) <= 1e-4 * value:
             break
     return min(1.05 * value, trace) if value > 0 else trace
-
-
-def solve_factored(ops: Any, L: Array, rhs: Array) -> Array:
-    """``rhs (L Lᵀ)⁻¹`` for a lower Cholesky factor L."""
-    solve = ops.scipy.linalg.solve_triangular
-    half = solve(L, rhs.T, lower=True, check_finite=False)
-    return solve(L, half, lower=True, trans=1, check_finite=False).T
 
 
 def found_structure(

@@ -27,8 +27,9 @@ from ..curves import Candidate, candidates
 from ..decomposition import Decomposition, Status, Structure
 from ..errors import BudgetError, InputError, complain
 from ..layer_budget import LayerBudget
+from ..metric import Metric, RowMetric
 from ..ops import NumpyOps
-from ..problem import Metric, ResponseProblem, ordered_metric, project
+from ..problem import ResponseProblem, ordered_metric, project
 from .base import Solver
 from .majorize import MajorizeState, assemble, closed_form
 
@@ -40,18 +41,18 @@ SMOOTH_STEPS = 6
 
 @dataclass
 class ZhangState:
-    """One iterate: whitened F = M L, M, its bias, U, and what `Zhang.evaluate` found there.
+    """One iterate: its point F of the metric, M, bias, U, and what `Zhang.evaluate` found there.
 
-    `RtX` and `R_mean` are ``Rᵀ Xc`` (n, m) and the mean (n,) of R = z - M x - b, `objective` and
+    `correlation` and `R_mean` are those of `Metric.sweep` for R = z - M x - b, `objective` and
     `held_out_error` scalars on the device until they have been read.
     """
 
-    metric: Metric
+    metric: Metric | RowMetric
     F: Array
     M: Array
     bias: Array
     U: Array
-    RtX: Array = None
+    correlation: Array = None
     R_mean: Array = None
     objective: float | Array = float("inf")
     held_out_error: float | Array = float("nan")
@@ -120,27 +121,24 @@ class Zhang(Solver):
     def evaluate(self, problem: ResponseProblem, state: ZhangState, penalty: float) -> None:
         """The z-step at (M, bias), in one pass: fill in R's sums, the objective, the error."""
         ops, xp, activation = problem.ops, problem.ops.xp, problem.activation
-        dtype = problem.samples.dtype
-        Mt = state.M.T.astype(dtype)
-        centred_bias = (state.bias + state.M @ problem.x_mean).astype(dtype)
 
-        def block(X, Y, Z):
-            before = X @ Mt + centred_bias
-            R = z_step(ops, activation, before, Y, penalty) - before
-            error = xp.square(Y - activation.value(ops, before))
-            return R.T @ X, R.sum(axis=0, dtype="float64"), error.sum(dtype="float64")
+        def residual(Z, Y, b):
+            before = Z + b
+            error = xp.square(Y - activation.value(ops, before)).sum(dtype="float64")
+            return z_step(ops, activation, before, Y, penalty) - before, error
 
-        state.RtX, R_sum, loss = problem.sum_over_rows(block)
-        state.R_mean = R_sum / problem.rows
-        pull = xp.sum(xp.square(state.M - problem.W))
-        state.objective = (loss + problem.rho * pull) / problem.rows
+        loss, state.correlation, state.R_mean = state.metric.sweep(
+            problem, state.F, state.M, state.bias, residual
+        )
+        pull = xp.sum(xp.square(state.M - problem.W), dtype="float64")
+        state.objective = loss + problem.rho / problem.rows * pull
         state.held_out_error = problem.held_out_error(state.M, state.bias)
 
     def step(self, problem: ResponseProblem, state: ZhangState, structure: Structure) -> ZhangState:
         """Reduced-rank regression on the z of an evaluated state."""
-        whitened = state.metric.whiten(state.RtX + problem.rho * (problem.W - state.M))
-        F, M, U = project(state.metric, state.F + whitened, 0, structure.k)
-        bias = state.bias + state.R_mean - (M - state.M) @ problem.x_mean
+        moved = state.F + state.metric.step(problem, state.F, state.M, state.correlation)
+        F, M, U = project(state.metric, moved, 0, structure.k)
+        bias = state.bias + state.R_mean - problem.at_mean(M - state.M)
         return ZhangState(state.metric, F, M, bias, U)
 
     def phase(
