@@ -46,7 +46,7 @@ from .runtime.measure import cpu_name
 from .storage import load_json, save_json
 
 # Structures timed a shape of layer.
-TIMED = 12
+TIMED = 14
 SCHEMA = 1
 
 
@@ -289,20 +289,31 @@ def _timed(
 
 
 def _spread(layer: LayerAnalysis) -> list[Structure]:
-    """The best structures at costs spread from the cheapest to the dense layer's."""
-    costs = np.array([layer.cost.cost(point.structure, "flops") for point in layer.points])
+    """Structures that tell the parts' seconds apart, the best ones at spread costs among them.
+
+    Half are the best at costs from the cheapest to the dense layer's; the others those of the
+    curve that the ones before say least about: of the largest leverage x (XᵀX + eps)^-1 xᵀ, x
+    being the parts of a structure by its multiply-adds, as relative errors are fitted.
+    """
+    structures = [point.structure for point in layer.points]
+    costs = np.array([layer.cost.cost(structure, "flops") for structure in structures])
     errors = np.array([point.error for point in layer.points])
-    found: list[Structure] = []
-    limits = np.geomspace(costs.min(), layer.cost.dense("flops"), TIMED + 1)[1:]
-    for number, limit in enumerate(limits):
-        inside = np.flatnonzero(costs <= limit)
-        if number % 3 == 2:  # some without A, so that every part's share can be told
-            plain = [i for i in inside if layer.points[i].structure.s == 0]
-            inside = np.array(plain or inside)
-        best = layer.points[int(inside[np.argmin(errors[inside])])].structure
+    found: list[int] = []
+    limits = np.geomspace(costs.min(), layer.cost.dense("flops"), TIMED // 2 + 1)[1:]
+    for limit in limits:
+        best = int(np.argmin(np.where(costs <= limit, errors, np.inf)))
         if best not in found:
             found.append(best)
-    return found
+    parts = np.array([layer.cost.parts(structure)[:-1] for structure in structures])
+    parts = parts / costs[:, None]
+    parts = parts / np.maximum(np.abs(parts).max(axis=0), 1e-30)
+    while len(found) < min(TIMED, len(structures)):
+        X = parts[found]
+        inverse = np.linalg.inv(X.T @ X + 1e-6 * np.eye(X.shape[1]))
+        leverage = np.einsum("pi,ij,pj->p", parts, inverse, parts)
+        leverage[found] = -np.inf
+        found.append(int(np.argmax(leverage)))
+    return [structures[index] for index in found]
 
 
 def _coefficients(layer: LayerAnalysis, timed: dict[str, float]) -> tuple[float, ...]:

@@ -164,8 +164,8 @@ class TradeOff:
                 # Beside another part, A takes whole blocks of channels.
                 if r == 0 or (0 < s < r and s % self._unit):
                     continue
-                ranks = self._ranks(min(problem.n, (r - s) * taps)) if r > s else []
-                ranks = ([0] if s else []) + ranks
+                # Rows of the basis that nobody reads cost something and give nothing.
+                ranks = self._ranks(min(problem.n, (r - s) * taps)) if r > s else [0]
                 structures = [Structure(self.form, s, k, r) for k in ranks]
                 yield structures, responses[i], responses[j] - responses[i], grams[j] - grams[i]
 
