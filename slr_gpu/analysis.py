@@ -10,7 +10,7 @@ For `response` the loss is the error of the layer's response itself. For `output
 sqrt(error * effect), where the effect on the model's output is a power law between the measured
 points (straight lines in logarithms). Effects are measured with one layer compressed at a time, so
 they do not see that later layers must also make up for earlier ones; the geometric mean with the
-error, which counts all layers alike, meets that half-way and measures better than either.
+error, which counts all layers alike, meets that half-way.
 """
 
 from __future__ import annotations

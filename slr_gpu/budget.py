@@ -96,7 +96,7 @@ class LayerCost:
         """What the seconds of a structure are linear in, per sample.
 
         Millions of multiply-adds of the basis, V, U and A, millions of values handed on between
-        them, whether there are two parts to add, and one.
+        them, whether there are two parts to add, one, and millions of weights.
         """
         budget = self.budget({})
         channels, taps = budget.shape(structure.form)
@@ -113,7 +113,8 @@ class LayerCost:
             self.n * kept * self.output_positions,
             (r or 0) * before + k * self.output_positions,
         )
-        return (*(part / 1e6 for part in parts), float(s > 0 and k > 0), 1.0)
+        weights = self.cost(structure, "params") / 1e6
+        return (*(part / 1e6 for part in parts), float(s > 0 and k > 0), 1.0, weights)
 
     def _measured(self) -> tuple[float, ...]:
         if not self.seconds:

@@ -8,31 +8,20 @@ In: what both return for the same batch. Out: a sum and a count, for a mean over
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import InputError, ModelError, complain
+from .graph import _tensors
 
 LOSSES = ("kl", "mse")
 
 
 def tensors_of(output: Any) -> list[Tensor]:
     """All floating-point tensors in what a model returned, in order."""
-    return [t for t in _walk(output) if t.is_floating_point()]
-
-
-def _walk(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _walk(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _walk(item)
+    return [t for t in _tensors(output) if t.is_floating_point()]
 
 
 def choose_loss(name: str, output: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .analysis import Analysis, LayerAnalysis, check_allocation
-from .capture import Batch, Frontier, full_precision, layer_io, run_model
+from .capture import Batch, Frontier, first_tensor, full_precision, layer_io, run_model
 from .checkpoint import Store, fingerprint
 from .errors import InputError, complain
 from .graph import set_module
@@ -253,23 +253,19 @@ def held_out_batches(batches: list[Batch], held_out: float) -> tuple[list[Batch]
 
     The same samples as `LayerIO.split` holds out. All samples are in both where none are.
     """
-    count = sum(len(_batch_tensor(batch)) for batch in batches)
+    count = sum(len(first_tensor(batch)) for batch in batches)
     if held_out == 0:
         return batches, batches
     step = max(2, round(1 / held_out))
     fitted, held, start = [], [], 0
     for batch in batches:
-        size = len(_batch_tensor(batch))
+        size = len(first_tensor(batch))
         chosen = torch.arange(start, start + size) % step == min(step, count) - 1
         start += size
         for target, mask in ((fitted, ~chosen), (held, chosen)):
             if mask.any():
                 target.append(_rows(batch, mask))
     return fitted, held
-
-
-def _batch_tensor(batch: Batch) -> torch.Tensor:
-    return next(item for item in batch if isinstance(item, torch.Tensor))
 
 
 def _rows(batch: Batch, mask: torch.Tensor) -> Batch:
@@ -288,5 +284,5 @@ def _first(batches: list[Batch], samples: int) -> list[Batch]:
         if total >= samples:
             break
         kept.append(batch)
-        total += len(_batch_tensor(batch))
+        total += len(first_tensor(batch))
     return kept

@@ -25,9 +25,10 @@ from .support import SupportSearch, group_size
 
 Array = Any
 
-# Sizes of S and of the basis that are tried, and the ratio of neighbouring ranks.
-GRID = 12
-RANK_RATIO = 1.16
+# Sizes of S and of the basis that are tried (half as many supports, each of which needs a
+# factorisation of its own), and the ratio of neighbouring ranks.
+GRID = 10
+RANK_RATIO = 1.2
 # Held-out rows are thinned to about so many: they compare structures, they do not fit.
 JUDGES = 1024
 
@@ -79,12 +80,14 @@ class TradeOff:
         """Kept groups at each size, from one elimination beside a part of middling rank."""
         search = self._search
         k = min(self.problem.n, self.problem.width) // 4
-        return search.shrink(self._sizes(search.groups), k)
+        return search.shrink(self._sizes(search.groups, GRID // 2), k)
 
-    def _sizes(self, most: int) -> list[int]:
+    def _sizes(self, most: int, grid: int = GRID) -> list[int]:
         """0 and a grid up to `most`, denser for small sizes."""
-        rounded = {1, *(round(most * ((i + 1) / GRID) ** 2) for i in range(GRID))} - {0}
-        return [0, *sorted({self._round(size) for size in rounded})]
+        sizes = {1, *(round(most * ((i + 1) / grid) ** 2) for i in range(grid))} - {0}
+        if most <= grid:
+            sizes = set(range(1, most + 1))
+        return [0, *sorted({self._round(size) for size in sizes})]
 
     def _round(self, size: int) -> int:
         """Down to a multiple of the unit, or of half of it and so on where that is too large."""
@@ -160,8 +163,8 @@ class TradeOff:
                 # Beside another part, A takes whole blocks of channels.
                 if r == 0 or (0 < s < r and s % self._unit):
                     continue
-                ranks = self._ranks(min(problem.n, (r - s) * taps)) if r > s else []
-                ranks = ([0] if s else []) + ranks
+                # Rows of the basis that nobody reads cost something and give nothing.
+                ranks = self._ranks(min(problem.n, (r - s) * taps)) if r > s else [0]
                 structures = [Structure(self.form, s, k, r) for k in ranks]
                 yield structures, responses[i], responses[j] - responses[i], grams[j] - grams[i]
 
