@@ -1,8 +1,8 @@
-"""VGG-16 on Fashion-MNIST: accuracy after compression with unlabelled calibration images only.
+"""Accuracy on Fashion-MNIST after compression with unlabelled calibration images only.
 
 In: a checkpoint (made by `benchmarks.train_fashion_mnist`) and the data set. Out: for each budget
-and allocation the test accuracy before and after, agreement, KL divergence, wall time and peak memory, as a table
-and as JSON. Test images are used for nothing else.
+and allocation the test accuracy before and after, agreement, KL divergence, wall time, peak memory,
+as a table and as JSON. Test images are used for nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from rich.table import Table
 
 import slr_gpu
 from benchmarks.data import calibration_images, compare, fashion_mnist, predict, to_inputs
-from benchmarks.models import load_weights, vgg16
+from benchmarks.models import load_weights
+from benchmarks.train_fashion_mnist import find_factory
 from slr_gpu.cli_inputs import parse_keep
 
 app = typer.Typer(add_completion=False)
@@ -50,7 +51,8 @@ class Run:
 
 @app.command()
 def main(
-    weights: Annotated[Path, typer.Option(help="Checkpoint of the VGG-16.")],
+    weights: Annotated[Path, typer.Option(help="Checkpoint of the model.")],
+    model: Annotated[str, typer.Option(help="pkg.module:factory")] = "benchmarks.models:vgg16",
     data: Annotated[Path | None, typer.Option(help="Folder of the IDX files.")] = None,
     keep: Annotated[
         list[str], typer.Option(help="flops=0.25, or 0.25 for parameters and FLOPs alike.")
@@ -80,19 +82,19 @@ def main(
     train_images, _, test, labels = fashion_mnist(data)
     inputs, labels = to_inputs(test[:test_images]), labels[:test_images]
     calibration = to_inputs(calibration_images(train_images, images, seed))
-    model = load_weights(vgg16(), weights)
+    original = load_weights(find_factory(model)(), weights)
     settings = {"form": form, "samples": samples, "asymmetric": not symmetric, "seed": seed}
-    logits = predict(model, inputs, batch_size=50)
+    logits = predict(original, inputs, batch_size=50)
     before = compare(logits, logits, labels)
     runs: list[Run] = []
     for name in allocation:
         began = time.perf_counter()
-        analysis = slr_gpu.analyze(model, calibration, allocation=name, cache=cache, **settings)
+        analysis = slr_gpu.analyze(original, calibration, allocation=name, cache=cache, **settings)
         console.print(f"{name}: analysed in {time.perf_counter() - began:.0f} s")
         for budget in budgets:
             began = time.perf_counter()
             plan = analysis.allocate(budget)
-            result = slr_gpu.apply(model, calibration, plan, refine=refine)
+            result = slr_gpu.apply(original, calibration, plan, refine=refine)
             seconds = time.perf_counter() - began
             after = compare(logits, predict(result.model, inputs, batch_size=50), labels)
             runs.append(
@@ -117,7 +119,12 @@ def main(
                 result.save(save / f"{name}-{_text(budget)}-seed{seed}")
             # Written after each: a run that is cut short leaves what it has.
             if out is not None:
-                facts = {"images": images, "test_images": len(labels), "threads": threads}
+                facts = {
+                    "model": model,
+                    "images": images,
+                    "test_images": len(labels),
+                    "threads": threads,
+                }
                 lines = [asdict(run) | settings | facts for run in runs]
                 out.write_text(json.dumps(lines, indent=2) + "\n")
             console.print(_table(runs[-1:]))
@@ -136,7 +143,7 @@ def _text(budget: dict[str, float]) -> str:
 
 
 def _table(runs: list[Run]) -> Table:
-    table = Table(title="VGG-16, Fashion-MNIST test set, no labels")
+    table = Table(title="Fashion-MNIST test set, no labels")
     for title in (
         "allocation",
         "asked",

@@ -4,6 +4,9 @@ In: the number of classes and of input channels. Out: an untrained `nn.Sequentia
 parameter names (`features.N`, `classifier.N`) are those of the stored checkpoints, and
 `load_weights`, which fills such a network from a safetensors file.
 
+`resnet18` is the network of He et al., *Deep residual learning for image recognition* (arXiv
+1512.03385), at a quarter of its widths and with a small stem, which a CPU trains in minutes.
+
 VGG-16 is the network of Simonyan and Zisserman, *Very deep convolutional networks for
 large-scale image recognition* (arXiv 1409.1556, configuration D), in the form that is usual
 for 32x32 images: batch normalisation after each convolution, and a small classifier on the
@@ -15,9 +18,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from pathlib import Path
 
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from slr_gpu.errors import InputError, complain
 
@@ -78,6 +82,56 @@ def vgg16(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
             classifier=nn.Sequential(*classifier),
         )
     )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != width:
+            convolution = nn.Conv2d(channels, width, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def resnet18(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.Sequential:
+    """ResNet-18 for images of 32x32 pixels: a 3x3 stem of stride 2, then stages of 2 blocks.
+
+    Parameters
+    ----------
+    num_classes, in_channels : int
+        Outputs of the last linear layer, channels of the input images.
+    width : int
+        Of the first stage; 64 in the paper.
+
+    Returns
+    -------
+    nn.Sequential
+        Maps (N, in_channels, 32, 32) to logits (N, num_classes). 0.7 million parameters and 9
+        million multiply-adds an image at the default width, nearly all in 3x3 convolutions.
+    """
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_channels, width, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+    channels = width
+    for stage in range(4):
+        for block in range(2):
+            stride = 2 if stage and not block else 1
+            layers.append(BasicBlock(channels, width << stage, stride))
+            channels = width << stage
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
+    return nn.Sequential(*layers, *head)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:

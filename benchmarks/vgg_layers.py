@@ -25,7 +25,7 @@ from benchmarks.contenders import Contender
 from benchmarks.data import Comparison, calibration_images, compare, fashion_mnist, to_inputs
 from benchmarks.models import load_weights, vgg16
 from benchmarks.store import fingerprint
-from slr_gpu.capture import Sampler, as_batches, layer_io, record_references
+from slr_gpu.capture import Sampler, as_batches, layer_parts, record_references
 from slr_gpu.errors import InputError, complain
 from slr_gpu.graph import LayerSite, find_sites, fold_batch_norm
 from slr_gpu.report import Report
@@ -141,13 +141,13 @@ class VGG:
             name = self.layers[label]
             site = self.sites[name]
             batches = as_batches(self.calibration, self.original, BATCH)
-            sampler = Sampler(self.setting.samples, self.setting.images, self.setting.seed)
+            sizes = [len(batch[0]) for batch in batches]
+            sampler = Sampler(self.setting.samples, sizes, self.setting.seed)
             references = record_references(
                 self.original, batches, [site], sampler, with_inputs=True
             )
-            sizes = [len(batch[0]) for batch in batches]
             layer = self.original.get_submodule(name)
-            layer_io(layer, site, references, sampler, None, sizes).save(path)
+            layer_parts(layer, site, references, sampler, None)[0].save(path)
         return slr_gpu.LayerIO.load(path)
 
     # -- whole models --------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .decomposition import Decomposition
+from .grouped import SLRGroupedConv
 from .layers import CONVS, SLRConv1d, SLRConv2d, SLRConv3d, SLRLinear
 
 
@@ -24,7 +26,7 @@ class _Adapter:
     Attributes
     ----------
     source : type
-        The module class that is replaced (exactly this class, not subclasses).
+        The module class that is replaced; of its subclasses those that compute the same.
     target : type
         The module class that replaces it.
     """
@@ -32,23 +34,43 @@ class _Adapter:
     source: type[nn.Module]
     target: type[nn.Module]
 
+    def replaces(self, layer: nn.Module) -> bool:
+        """Whether a layer is of this type."""
+        if not isinstance(layer, self.source) or parametrize.is_parametrized(layer):
+            return False
+        own = ("forward", "_conv_forward")
+        same = all(getattr(type(layer), f, 0) is getattr(self.source, f, 0) for f in own)
+        # nn.MultiheadAttention reads the weight of this one and never calls it.
+        return same and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
     def unsupported(self, layer: nn.Module) -> str | None:
         """Why the layer is left as it is, or None."""
         return None
 
+    def groups(self, layer: nn.Module) -> int:
+        """Of how many layers side by side, on channels of their own, the layer consists."""
+        return 1
+
     def kernel_size(self, layer: nn.Module) -> tuple[int, ...]:
         raise NotImplementedError
 
+    def batched(self, layer: nn.Module, tensor: Tensor) -> Tensor:
+        """An input or output of the layer with a leading dimension, where it may lack one."""
+        raise NotImplementedError
+
     def positions(self, layer: nn.Module, tensor: Tensor) -> int:
-        """Positions of one sample's input or output tensor."""
+        """Positions of one entry along the leading dimension of an input or output tensor."""
         raise NotImplementedError
 
     def spatial_positions(self, layer: nn.Module, x: Tensor, y: Tensor) -> int:
-        """Positions of one sample after the layer's first axis is worked on and the others not."""
+        """The same after the layer's first axis is worked on and the others not."""
         return self.positions(layer, x)
 
     def input_rows(self, layer: nn.Module, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        """Rows (P, m) of the layer's input at the given output positions of the given samples."""
+        """Rows (P, m) of the layer's input at the given output positions of the given samples.
+
+        Of grouped layers all columns (P, m * groups).
+        """
         raise NotImplementedError
 
     def output_rows(self, layer: nn.Module, y: Tensor, sample: Tensor, position: Tensor) -> Tensor:
@@ -56,15 +78,27 @@ class _Adapter:
         raise NotImplementedError
 
     def arguments(self, layer: nn.Module, decomposition: Decomposition) -> dict[str, Any]:
-        """Arguments of `target`."""
+        """Arguments of `target`, for one group."""
         raise NotImplementedError
 
-    def build(self, layer: nn.Module, decomposition: Decomposition) -> nn.Module:
-        """The module that replaces `layer`, on its device and in its dtype."""
-        module = self.target(**self.arguments(layer, decomposition))
-        module.assign(decomposition)
+    def build(self, layer: nn.Module, *decompositions: Decomposition) -> nn.Module:
+        """The module that replaces `layer`, on its device, in its dtype and memory format.
+
+        Parameters
+        ----------
+        *decompositions : Decomposition
+            One for each group.
+        """
+        parts = [self.arguments(layer, decomposition) for decomposition in decompositions]
+        grouped = self.groups(layer) > 1
+        module = SLRGroupedConv(self.dims, parts) if grouped else self.target(**parts[0])
+        module.assign(*decompositions)
         module.train(layer.training)
-        return module.to(device=layer.weight.device, dtype=layer.weight.dtype)
+        return module.to(
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
+            memory_format=_memory_format(layer.weight),
+        )
 
 
 class _ConvAdapter(_Adapter):
@@ -73,10 +107,17 @@ class _ConvAdapter(_Adapter):
         self.target = (SLRConv1d, SLRConv2d, SLRConv3d)[dims - 1]
 
     def unsupported(self, layer: nn.Module) -> str | None:
-        return f"grouped convolution (groups={layer.groups})" if layer.groups != 1 else None
+        depthwise = layer.groups > 1 and layer.groups == layer.in_channels
+        return f"depthwise convolution (groups={layer.groups})" if depthwise else None
+
+    def groups(self, layer: nn.Module) -> int:
+        return layer.groups
 
     def kernel_size(self, layer: nn.Module) -> tuple[int, ...]:
         return tuple(layer.kernel_size)
+
+    def batched(self, layer: nn.Module, tensor: Tensor) -> Tensor:
+        return tensor if tensor.ndim == self.dims + 2 else tensor.unsqueeze(0)
 
     def positions(self, layer: nn.Module, tensor: Tensor) -> int:
         return math.prod(tensor.shape[-self.dims :])
@@ -114,16 +155,18 @@ class _ConvAdapter(_Adapter):
 
     def arguments(self, layer: nn.Module, decomposition: Decomposition) -> dict[str, Any]:
         d = decomposition
+        # With a single tap columns are channels, and V need not be computed on those of A.
+        form = "channels" if d.form == "columns" and d.taps == 1 else d.form
         kept = d.columns
-        if d.form == "entries":
+        if form == "entries":
             kept = kept[:0]
-        elif d.form != "columns":
+        elif form != "columns":
             kept = kept[:: d.taps] // d.taps
         return {
-            "in_channels": layer.in_channels,
-            "out_channels": layer.out_channels,
+            "in_channels": layer.in_channels // layer.groups,
+            "out_channels": layer.out_channels // layer.groups,
             "kernel_size": layer.kernel_size,
-            "form": d.form,
+            "form": form,
             "kept": kept.tolist(),
             "rank": d.rank,
             "basis_rows": None if d.basis is None else len(d.basis),
@@ -141,8 +184,11 @@ class _LinearAdapter(_Adapter):
     def kernel_size(self, layer: nn.Module) -> tuple[int, ...]:
         return ()
 
+    def batched(self, layer: nn.Module, tensor: Tensor) -> Tensor:
+        return tensor if tensor.ndim > 1 else tensor.unsqueeze(0)
+
     def positions(self, layer: nn.Module, tensor: Tensor) -> int:
-        return math.prod(tensor.shape[1:-1]) if tensor.ndim > 1 else 1
+        return math.prod(tensor.shape[1:-1])
 
     def input_rows(self, layer: nn.Module, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
         return x.reshape(x.shape[0], -1, x.shape[-1])[sample, position]
@@ -170,10 +216,23 @@ ADAPTERS: tuple[_Adapter, ...] = (
 
 def adapter_for(layer: nn.Module) -> _Adapter | None:
     """The adapter of a layer's type, None for types that are not compressed."""
-    return next((adapter for adapter in ADAPTERS if type(layer) is adapter.source), None)
+    return next((adapter for adapter in ADAPTERS if adapter.replaces(layer)), None)
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    """The format of a weight: channels last, or as modules come."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(weight.ndim)
+    if last and weight.is_contiguous(memory_format=last) and not weight.is_contiguous():
+        return last
+    return torch.preserve_format
+
+
+def _targets() -> list[type[nn.Module]]:
+    return [*(adapter.target for adapter in ADAPTERS), SLRGroupedConv]
 
 
 def build_from_plan(type_name: str, arguments: dict[str, Any]) -> nn.Module:
     """An empty decomposed module from what `plan` returned."""
-    targets = {adapter.target.__name__: adapter.target for adapter in ADAPTERS}
+    targets = {module.__name__: module for module in _targets()}
     return targets[type_name](**arguments)

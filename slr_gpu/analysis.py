@@ -191,7 +191,9 @@ class Analysis:
             return self._best(keep, allocation)
         layers = []
         for cost in costs:
-            limits = dict(zip(keep, (x.weights for x in budgets[cost.name].limits), strict=True))
+            # Of all groups together; a `LayerBudget` is that of one.
+            weights = [cost.groups * limit.weights for limit in budgets[cost.name].limits]
+            limits = dict(zip(keep, weights, strict=True))
             share = {name: min(1.0, value / cost.weights) for name, value in limits.items()}
             layers.append(LayerPlan(cost.name, "auto", limits=limits, share=share))
         return Plan(keep, allocation, self.settings, layers)

@@ -12,10 +12,11 @@ compressed may cost together. This is the one place that knows the resources:
 
 from __future__ import annotations
 
+import math
 import numbers
 from dataclasses import dataclass
 
-from .decomposition import Structure, is_separable
+from .decomposition import Structure
 from .errors import BudgetError, InputError, complain
 from .layer_budget import LayerBudget, Limit
 
@@ -30,12 +31,17 @@ class LayerCost:
     ----------
     name : str
     n, channels, taps : int
+        Of one group of a grouped convolution.
     output_positions, input_positions : int
-        Per sample; a linear layer has as many as rows.
+        Per sample, of all uses together; a linear layer has as many as rows.
     kernel_size : tuple of int
     spatial_positions : int, optional
         Positions after the first axis of the kernel is worked on and the others not; by default
         the input's.
+    groups : int
+        All of which have the same structure or budget.
+    added_bias : int
+        Parameters of the bias that a decomposed layer has and the dense one lacks.
     seconds : tuple of float
         Of the dense layer, then of each of its `parts`; empty if not measured.
     """
@@ -48,11 +54,18 @@ class LayerCost:
     input_positions: int
     kernel_size: tuple[int, ...] = ()
     spatial_positions: int | None = None
+    groups: int = 1
+    added_bias: int = 0
     seconds: tuple[float, ...] = ()
 
     @property
     def weights(self) -> int:
-        return self.n * self.channels * self.taps
+        return self.groups * self.n * self.channels * self.taps
+
+    @property
+    def compressible(self) -> bool:
+        """Whether a rank-one part, with a bias, is smaller than the layer."""
+        return self.low_rank(1) + self.added_bias < self.weights
 
     def dense(self, resource: str) -> float:
         """Weights, multiply-adds per sample, or seconds."""
@@ -64,18 +77,18 @@ class LayerCost:
         return 1.0 if resource == "params" else self.input_positions / self.output_positions
 
     def limit(self, resource: str, weights: float) -> Limit:
-        """The limit of so many weights, or multiply-adds per output position."""
+        """The limit of so many weights, or multiply-adds per output position, for each group."""
         positions = self.spatial_positions or self.input_positions
         flops = resource == "flops"
         return Limit(
             self.basis_weight(resource),
-            weights,
+            weights / self.groups,
             full_kernel=flops,
             spatial_weight=positions / self.output_positions if flops else 1.0,
         )
 
     def budget(self, weights: dict[str, float], multiple: int = 1) -> LayerBudget:
-        """The budget of so many weights by resource, as `limit` counts them."""
+        """The budget of each group for so many weights by resource, as `limit` counts them."""
         limits = tuple(self.limit(resource, value) for resource, value in weights.items())
         return LayerBudget(self.n, self.channels, self.taps, limits, multiple, self.kernel_size)
 
@@ -89,8 +102,8 @@ class LayerCost:
             # A layer that is slower than dense is deployed multiplied out.
             return min(dense, sum(c * x for c, x in zip(coefficients, parts, strict=True)))
         budget = self.budget({resource: 0.0})
-        cost = budget.cost(structure, budget.limits[0])
-        return cost * (1 if resource == "params" else self.output_positions)
+        cost = self.groups * budget.cost(structure, budget.limits[0])
+        return cost + self.added_bias if resource == "params" else cost * self.output_positions
 
     def parts(self, structure: Structure) -> tuple[float, ...]:
         """What the seconds of a structure are linear in, per sample.
@@ -113,8 +126,9 @@ class LayerCost:
             self.n * kept * self.output_positions,
             (r or 0) * before + k * self.output_positions,
         )
+        parts = tuple(self.groups * part / 1e6 for part in parts)
         weights = self.cost(structure, "params") / 1e6
-        return (*(part / 1e6 for part in parts), float(s > 0 and k > 0), 1.0, weights)
+        return (*parts, float(s > 0 and k > 0), 1.0, weights)
 
     def _measured(self) -> tuple[float, ...]:
         if not self.seconds:
@@ -128,19 +142,18 @@ class LayerCost:
         return self.seconds
 
     def smallest(self, resource: str, form: str = "auto") -> float:
-        """The cost of the cheapest structure."""
-        structures = [Structure("columns", 0, 1), Structure("columns", 1, 0)]
-        if form == "channels":
-            structures = [Structure("channels", 0, 1), Structure("channels", 1, 0)]
-        if form in ("auto", "rotated") and self.taps > 1:
-            structures.append(Structure("rotated", 0, 1, 1))
-        if form == "spatial" and is_separable(self.kernel_size):
-            structures.append(Structure("spatial", 0, 1, 1))
+        """The cost of the cheapest structure of a form, or of the dense layer.
+
+        ``auto`` is what `TradeOff` takes it for.
+        """
+        if form == "auto":
+            form = "rotated" if self.taps > 1 else "columns"
+        structures = [*self.budget({}).least(form), None]
         return min(self.cost(structure, resource) for structure in structures)
 
     def low_rank(self, k: int) -> int:
         """Weights of U V of rank k, at most those of the dense layer."""
-        return min(k * (self.n + self.channels * self.taps), self.weights)
+        return min(self.groups * k * (self.n + self.channels * self.taps), self.weights)
 
 
 def check_keep(keep: object) -> dict[str, float]:
@@ -215,12 +228,14 @@ def check_reachable(
         Names the smallest fraction that can be had.
     """
     for resource, left in remaining(keep, layers, totals).items():
-        if smallest[resource] > left * (1 + 1e-12):
-            total, dense = totals[resource], fixed(resource, layers, totals)
+        total = totals[resource]
+        if smallest[resource] > left + 1e-9 * total:
+            dense = fixed(resource, layers, totals)
+            least = math.ceil(1e4 * (dense + smallest[resource]) / total - 1e-6) / 1e4
             raise BudgetError(
                 complain(
                     f"keep={{{resource!r}: {keep[resource]:g}}}",
-                    f"at least {(dense + smallest[resource]) / total:.4f} for this model, of"
+                    f"at least {least:.4f} for this model, of"
                     f" which what stays dense takes {dense / total:.4f}",
                     "Raise it, or leave fewer layers dense (keep_ends, ignore, overrides).",
                 )

@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapters import adapter_for
 from .analysis import check_allocation
 from .budget import check_keep, check_reachable
-from .capture import Frontier, full_precision, layer_io
+from .capture import Frontier, full_precision, layer_parts, response_energies
 from .checkpoint import Store, fingerprint
 from .decomposition import Decomposition, Structure
 from .errors import InputError, complain
 from .fit import fit
 from .graph import LayerSite, set_module
+from .grouped import summarise
 from .latency import LatencyTarget, add_latency, allocate_measured, measured_latency
 from .layer_budget import BLOCK
 from .layer_io import LayerIO
@@ -303,40 +306,43 @@ def _apply(
             began = time.perf_counter()
             layer = work.get_submodule(site.name)
 
-            def fitted(site: LayerSite = site, layer: nn.Module = layer) -> Decomposition:
-                arrays = layer_io(
-                    layer,
-                    site,
-                    references,
-                    prepared.sampler,
-                    frontier.inputs(site.name) if frontier else None,
-                    prepared.batch_sizes,
-                )
-                return _fit(prepared, planned[site.name], arrays)
+            groups = prepared.costs[site.name].groups
 
-            if store is None:
-                decomposition = fitted()
-            else:
-                decomposition = store.part("layers").decomposition(site.name, fitted)
+            @cache
+            def parts(site: LayerSite = site, layer: nn.Module = layer) -> list[LayerIO]:
+                calls = references.calls(site.name)
+                inputs = frontier.inputs(site.name, calls) if frontier else None
+                return layer_parts(layer, site, references, prepared.sampler, inputs)
+
+            decompositions = []
+            for group in range(groups):
+
+                def fitted(name: str = site.name, group: int = group) -> Decomposition:
+                    return _fit(prepared, planned[name], parts()[group])
+
+                if store is None:
+                    decompositions.append(fitted())
+                else:
+                    piece = site.name if groups == 1 else f"{site.name}, group {group}"
+                    decompositions.append(store.part("layers").decomposition(piece, fitted))
+            energies = response_energies(references, site, groups)
             references.release(site.name)
-            module = adapter_for(layer).build(layer, decomposition)
+            module = adapter_for(layer).build(layer, *decompositions)
             set_module(work, site.name, module)
             built[site.name] = {
                 "type": type(module).__name__,
                 "arguments": module.plan(),
                 "activation": site.activation,
             }
-            rows[site.name] = LayerReport(
+            row = LayerReport(
                 site.name,
                 type(layer).__name__,
-                _shape(layer),
-                decomposition.status.value,
-                structure=str(decomposition.structure),
-                activation=decomposition.activation,
-                error=decomposition.held_out_error,
+                _shape(layer.weight),
                 seconds=time.perf_counter() - began,
-                notes=[*decomposition.notes, *([site.note] if site.note else [])],
+                **summarise(decompositions, energies),
             )
+            row.notes += prepared.notes(site.name)
+            rows[site.name] = row
             advance(count / max(len(chosen), 1))
     reasons = dict(prepared.reasons)
     reasons.update({s.name: "dense in the plan" for s in prepared.chosen if s.name not in planned})
@@ -373,7 +379,7 @@ def _fit(prepared: Prepared, planned: LayerPlan, arrays: LayerIO) -> Decompositi
     }
     if structure is None:
         budget = prepared.costs[planned.name].budget(planned.limits, settings.multiple)
-        form = prepared.form(planned.name) if planned.form == "auto" else planned.form
+        form = prepared.form(planned.name, budget) if planned.form == "auto" else planned.form
         return fit(arrays, budget=budget, form=form, **how)
     return fit(arrays, form=structure.form, **_sizes(structure), **how)
 
@@ -385,8 +391,8 @@ def _sizes(structure: Structure) -> dict[str, int]:
     return sizes if structure.r is None else {**sizes, "basis_rows": structure.r}
 
 
-def _shape(layer: nn.Module) -> str:
-    return "x".join(str(size) for size in layer.weight.shape)
+def _shape(weight: torch.Tensor) -> str:
+    return "x".join(str(size) for size in weight.shape)
 
 
 def _report(
@@ -401,25 +407,28 @@ def _report(
         before, after = original.get_submodule(name), work.get_submodule(name)
         row = layers.get(name)
         if row is None:
-            row = LayerReport(name, type(before).__name__, _shape(before), "dense", reasons[name])
+            kind, shape = type(before).__name__, _shape(before.weight)
+            row = LayerReport(name, kind, shape, "dense", reasons[name])
+            row.notes = prepared.notes(name)
         row.params = sum(p.numel() for p in before.parameters())
         row.params_kept = sum(p.numel() for p in after.parameters())
         row.flops = by_module.get(name, 0)
         row.flops_kept = kept_by_module.get(name, 0)
         rows.append(row)
-    listed = set(sites)
     for name, module in original.named_modules():
-        weight = getattr(module, "weight", None)
-        if name not in listed and isinstance(weight, nn.Parameter) and weight.ndim >= 2:
+        own = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
+        if own and name not in sites:
             count = sum(p.numel() for p in module.parameters(recurse=False))
-            spent = by_module.get(name, 0)
+            inside = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+            spent = by_module.get(name, 0) - sum(by_module.get(child, 0) for child in inside)
+            what = "a bare parameter" if inside else type(module).__name__
             rows.append(
                 LayerReport(
-                    name,
+                    name or "(model)",
                     type(module).__name__,
-                    _shape(module),
+                    _shape(max(own, key=torch.numel)),
                     "dense",
-                    f"{type(module).__name__} is not compressed",
+                    f"{what} is not compressed",
                     params=count,
                     params_kept=count,
                     flops=spent,

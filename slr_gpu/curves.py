@@ -407,5 +407,6 @@ def best_candidate(found: list[Candidate]) -> Candidate:
     """
     if len(found) == 1 or not found[0].problem.held.rows:
         return found[0]
-    close = [c for c in found if c.error <= 1.25 * found[0].error + 1e-6]
+    # Inputs that hardly vary leave errors of rounding, which may be below zero.
+    close = [c for c in found if c.error <= 1.25 * max(found[0].error, 0.0) + 1e-6]
     return min(close, key=held_out_error)

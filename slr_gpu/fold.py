@@ -113,58 +113,17 @@ def multiplied_out(module: nn.Module) -> nn.Module:
 
     Products are summed in float64.
     """
-    last = module.U if module.rank else module.A
+    weight = copy.deepcopy(module).double().dense().to(module.bias.dtype)
     if isinstance(module, SLRLinear):
-        weight = _summed(module, module.in_features, ())
-        return _layer(weight.to(last.weight.dtype), last.bias)
-    kernel_size = module.kernel_size
-    if module.form == "columns":
-        width = module.in_channels * math.prod(kernel_size)
-        weight = last.weight.new_zeros(module.out_channels, width, dtype=torch.float64)
-        if module.kept:
-            weight[:, module.gather.columns] = module.A.weight.flatten(1).double()
-        if module.rank:
-            weight[:, module.V.columns] += module.U.weight.flatten(1).double() @ (
-                module.V.weight.double()
-            )
-        weight = weight.reshape(module.out_channels, module.in_channels, *kernel_size)
-    elif module.basis_rows is None:
-        weight = _summed(module, module.in_channels, kernel_size)
-    else:
-        own = (1, *kernel_size[1:]) if module.form == "spatial" else kernel_size
-        weight = _summed(module, module.basis_rows, own).flatten(2)
-        basis = module.basis.weight.double().flatten(2)
-        # (n, r, own taps) and (r, c, taps of the basis): one of the two has a single tap.
-        weight = torch.einsum("nrt,rcu->ncut", weight, basis)
-        weight = weight.reshape(module.out_channels, module.in_channels, *kernel_size)
+        return _layer(weight, module.bias)
     return _layer(
-        weight.to(last.weight.dtype),
-        last.bias,
+        weight,
+        module.bias,
         stride=module.stride,
         padding=module.padding,
         dilation=module.dilation,
         padding_mode=module.padding_mode,
     )
-
-
-def _summed(module: nn.Module, width: int, kernel_size: tuple[int, ...]) -> Tensor:
-    """``A + U V`` (n, width, ...) in the coordinates that A and V share, float64."""
-    n = len((module.U if module.rank else module.A).bias)
-    weight = torch.zeros(n, width, *kernel_size, dtype=torch.float64)
-    if module.rank:
-        rest = slice(None)
-        if not module.entries:
-            kept = set(module.kept)
-            rest = [i for i in range(width) if i not in kept]
-        V = module.V.weight.double()
-        weight[:, rest] = torch.tensordot(module.U.weight.double().flatten(1), V, 1)
-    if module.kept:
-        weight[:, module.kept] += module.A.weight.double()
-    if module.entries:
-        flat = torch.zeros(weight.numel(), dtype=torch.float64)
-        flat.index_copy_(0, module.A.index, module.A.weight.double())
-        weight += flat.reshape(weight.shape)
-    return weight
 
 
 def _scattered(flat: Tensor, columns: list[int], module: _SLRConvNd) -> Tensor:

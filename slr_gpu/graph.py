@@ -1,18 +1,22 @@
 """What follows each layer of a model: found by watching one batch go through it.
 
 In: a model and the arguments of one call. Out: for every convolution and linear layer a
-`LayerSite`: how often it runs, which BatchNorm can be folded into it and which activation its
-response passes. Modules are watched by hooks and functions (``F.relu``, ``x.relu()``) by a
-`TorchFunctionMode`, so that it works for any `nn.Module`, whatever its control flow.
+`LayerSite`: each of its uses, which BatchNorm can be folded into it, which activation its response
+passes, and why it is left as it is where it is. Modules are watched by hooks and functions
+(``F.relu``, ``x.relu()``) by a `TorchFunctionMode`, so that it works for any `nn.Module`, whatever
+its control flow. A module of the user's own that has no weights is asked: it is called on a range
+of numbers, and taken for the activation that gives the same.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -20,10 +24,28 @@ from torch.overrides import TorchFunctionMode
 from . import activations
 from .adapters import adapter_for
 from .errors import InputError
+from .ops import NumpyOps
 
-# Modules and functions that hand their input on unchanged in eval mode.
-_PASS_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_PASS_FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous")
+# Modules and functions that hand their input on unchanged in eval mode, or in another shape.
+_PASS_MODULES = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.Flatten,
+    nn.Unflatten,
+)
+_PASS_FUNCTIONS = {
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous", "clone", "float", "to"),
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute"),
+}
+# Elementwise activations of torch that `activations` has no record of.
+_UNKNOWN = {
+    *("ELU", "CELU", "SELU", "PReLU", "RReLU", "Mish", "Softplus", "Softsign", "Threshold"),
+    *("Hardsigmoid", "LogSigmoid", "Tanhshrink", "Hardshrink", "Softshrink"),
+}
+_UNKNOWN_FUNCTIONS = {name.lower() for name in _UNKNOWN}
 _BATCH_NORMS = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
@@ -42,15 +64,17 @@ class LayerSite:
     calls : int
         How often it ran in one forward pass.
     order : int
-        Position in the order of execution.
+        Position in the order of execution, of the first call.
     activation : str
         Name for `slr_gpu.activations.get`; ``identity`` when something else follows.
     batch_norm : str or None
         Name of the BatchNorm that directly follows and can be folded in.
-    input_shape, output_shape : tuple of int
-        Of the first call, batch included.
+    shapes : list of pairs of tuple of int
+        Input and output shapes of every call, batch included.
     note : str
         What should be said about it.
+    dense : str
+        Why it cannot be compressed; empty when it can.
     """
 
     name: str
@@ -58,9 +82,19 @@ class LayerSite:
     order: int = -1
     activation: str = "identity"
     batch_norm: str | None = None
-    input_shape: tuple[int, ...] = ()
-    output_shape: tuple[int, ...] = ()
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     note: str = ""
+    dense: str = ""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of the first call."""
+        return self.shapes[0][0]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of the first call."""
+        return self.shapes[0][1]
 
 
 @dataclass
@@ -154,100 +188,184 @@ def find_sites(model: nn.Module, call: Any) -> dict[str, LayerSite]:
     """
     sites = {name: LayerSite(name) for name, m in model.named_modules() if adapter_for(m)}
     recorder = _Recorder()
-    module_operation: dict[int, list[int]] = {}
+    uses: dict[str, list[int]] = {}  # operations of each module
     names = {id(module): name for name, module in model.named_modules()}
-    stack: list[int] = []
+    stack: list[tuple[int, tuple[int, ...]]] = []
 
     def enter(module, args, kwargs):
         if recorder.depth == 0:
-            operation = _Operation("module", module, names[id(module)])
-            stack.append(recorder.begin((args, kwargs), operation))
-            module_operation.setdefault(id(module), []).append(stack[-1])
-            site = sites.get(names[id(module)])
-            if site is not None and not site.calls:
-                site.input_shape = next((tuple(t.shape) for t in _tensors(args)), ())
+            index = recorder.begin((args, kwargs), _Operation("module", module, names[id(module)]))
+            uses.setdefault(names[id(module)], []).append(index)
         else:
-            stack.append(-1)
+            index = -1
+        stack.append((index, next((tuple(t.shape) for t in _tensors((args, kwargs))), ())))
         recorder.depth += 1
 
     def leave(module, args, kwargs, output):
         recorder.depth -= 1
-        index = stack.pop()
+        index, input_shape = stack.pop()
         if index >= 0:
             recorder.end(index, output)
-            site = sites.get(names[id(module)])
-            if site is not None:
-                if not site.calls:
-                    site.order = index
-                    site.output_shape = next((tuple(t.shape) for t in _tensors(output)), ())
-                site.calls += 1
+            if names[id(module)] in sites:
+                output_shape = next((tuple(t.shape) for t in _tensors(output)), ())
+                sites[names[id(module)]].shapes.append((input_shape, output_shape))
 
     with hooks() as handles:
         for module in model.modules():
-            if not any(True for _ in module.children()):
+            if _is_leaf(module):
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(leave, with_kwargs=True))
         with recorder:
             call()
 
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for site in sites.values():
-        if site.calls == 1:
-            _follow(site, recorder.operations, model, names, module_operation)
+        layer = model.get_submodule(site.name)
+        site.calls = len(site.shapes)
+        tied = any(owners[id(parameter)] > 1 for parameter in layer.parameters())
+        site.dense = (
+            ("" if site.calls else "not reached by the first calibration sample")
+            or ("its weight is used by another module too" if tied else "")
+            or adapter_for(layer).unsupported(layer)
+            or ""
+        )
+        if site.calls:
+            site.order = uses[site.name][0]
+            _Follower(model, recorder.operations, uses).fill(site, may_fold=not tied)
     return dict(sorted(sites.items(), key=lambda item: (item[1].calls == 0, item[1].order)))
 
 
-def _follow(
-    site: LayerSite,
-    operations: list[_Operation],
-    model: nn.Module,
-    names: dict[int, str],
-    module_operation: dict[int, list[int]],
-) -> None:
-    """Fill in the BatchNorm and the activation that a layer's output meets."""
-    current = site.order
-    layer = model.get_submodule(site.name)
-    while True:
-        users = sorted(set(operations[current].users))
-        if len(users) != 1:
-            if len(users) > 1:
-                site.note = "its response is used more than once"
-            return
-        operation = operations[users[0]]
-        module = operation.module
-        if module is not None:
-            norm = _BATCH_NORMS[type(layer)]
-            if type(module) is norm and current == site.order and module.track_running_stats:
-                # A BatchNorm1d after a linear layer on (N, L, C) normalises L, not C.
-                fits = module.num_features == layer.weight.shape[0] and (
-                    not isinstance(layer, nn.Linear) or len(site.output_shape) == 2
-                )
-                if fits and len(module_operation[id(module)]) == 1:
-                    site.batch_norm = names[id(module)]
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one step: it has no modules inside, or is the user's and weightless."""
+    if not any(True for _ in module.children()):
+        return True
+    return _is_weightless(module)
+
+
+def _is_weightless(module: nn.Module) -> bool:
+    """Whether a module is the user's own and a function of its inputs alone."""
+    own = not type(module).__module__.startswith("torch.nn")
+    return own and not any(
+        True for tensors in (module.parameters(), module.buffers()) for _ in tensors
+    )
+
+
+class _Follower:
+    """Fills in the BatchNorm and the activation that a layer's response meets.
+
+    Parameters
+    ----------
+    model : nn.Module
+    operations : list of _Operation
+    uses : dict of str to list of int
+        The operations of each module, by its name.
+    """
+
+    def __init__(
+        self, model: nn.Module, operations: list[_Operation], uses: dict[str, list[int]]
+    ) -> None:
+        self.model, self.operations, self.uses = model, operations, uses
+
+    def fill(self, site: LayerSite, may_fold: bool) -> None:
+        """Set ``batch_norm``, ``activation`` and ``note`` to what all uses agree on."""
+        found = [self._follow(site, use, may_fold) for use in self.uses[site.name]]
+        norms = {norm for norm, _, _ in found}
+        if len(norms) > 1:
+            found = [self._follow(site, use, False) for use in self.uses[site.name]]
+        elif norms:
+            site.batch_norm = norms.pop()
+        site.activation, site.note = found[0][1:]
+        if len({activation for _, activation, _ in found}) > 1:
+            site.activation = "identity"
+            site.note = "different activations follow its uses; fitted before them"
+        if site.calls > 1:
+            calls = f"called {site.calls} times, fitted on the inputs of all"
+            site.note = f"{calls}; {site.note}" if site.note else calls
+
+    def _follow(self, site: LayerSite, use: int, may_fold: bool) -> tuple[str | None, str, str]:
+        """BatchNorm, activation and note of one use."""
+        norm, current = None, use
+        while True:
+            users = sorted(set(self.operations[current].users))
+            if len(users) != 1:
+                return norm, "identity", "its response is used more than once" if users else ""
+            operation = self.operations[users[0]]
+            if may_fold and current == use and self._folds(site, operation):
+                norm, current = operation.name, users[0]
+            elif isinstance(operation.module, _PASS_MODULES) or (
+                operation.module is None and operation.name in _PASS_FUNCTIONS
+            ):
+                current = users[0]
+            else:
+                activation, note = self._activation(operation, site.output_shape)
+                if activation is None:
                     current = users[0]
                     continue
-            if isinstance(module, _PASS_MODULES):
-                current = users[0]
-                continue
-            namer = activations.TORCH_MODULES.get(type(module).__name__)
-            if namer is not None and type(module).__module__.startswith("torch.nn"):
-                site.activation = _known(namer(module), site)
-            return
-        if operation.name in _PASS_FUNCTIONS:
-            current = users[0]
-            continue
-        namer = activations.TORCH_FUNCTIONS.get(operation.name)
-        if namer is not None:
-            site.activation = _known(namer(*operation.args, **operation.kwargs), site)
-        return
+                return norm, activation, note
+
+    def _folds(self, site: LayerSite, operation: _Operation) -> bool:
+        module, layer = operation.module, self.model.get_submodule(site.name)
+        kind = _BATCH_NORMS[adapter_for(layer).source]
+        if type(module) not in (kind, nn.SyncBatchNorm) or not module.track_running_stats:
+            return False
+        # A BatchNorm1d after a linear layer on (N, L, C) normalises L, not C.
+        flat = not isinstance(layer, nn.Linear) or all(len(y) == 2 for _, y in site.shapes)
+        # Other layers must not need it.
+        alone = len(self.uses[operation.name]) == site.calls
+        return flat and alone and module.num_features == layer.weight.shape[0]
+
+    def _activation(self, operation: _Operation, shape: tuple[int, ...]) -> tuple[str | None, str]:
+        """What an operation is to the fit, and a note; None when it hands its input on."""
+        module = operation.module
+        if module is None:
+            namer = activations.TORCH_FUNCTIONS.get(operation.name)
+            if namer is not None:
+                return _known(namer(*operation.args, **operation.kwargs))
+            return _unknown(operation.name, operation.name in _UNKNOWN_FUNCTIONS)
+        kind = type(module).__name__
+        if _is_weightless(module):
+            name = _probe(module, shape)
+            if not name:
+                return _unknown(kind, name is not None)
+            return (None if name == "identity" else name), ""
+        namer = activations.TORCH_MODULES.get(kind)
+        if namer is not None and type(module).__module__.startswith("torch.nn"):
+            return _known(namer(module))
+        return _unknown(kind, kind in _UNKNOWN)
 
 
-def _known(name: str, site: LayerSite) -> str:
+def _unknown(name: str, is_activation: bool) -> tuple[str, str]:
+    return "identity", f"{name} is not supported; fitted before it" if is_activation else ""
+
+
+def _known(name: str) -> tuple[str, str]:
     """The name if `activations.get` takes it, else identity with a note."""
     try:
-        return activations.get(name).name
+        return activations.get(name).name, ""
     except InputError:
-        site.note = f"{name} is not supported; fitted before the activation"
-        return "identity"
+        return _unknown(name, True)
+
+
+@torch.no_grad()
+def _probe(module: nn.Module, shape: tuple[int, ...]) -> str | None:
+    """The activation that a module computes on tensors of a shape.
+
+    Empty when it gives such a tensor, but by no activation that is known; None when it does not.
+    """
+    x = torch.linspace(-8, 8, 64).reshape(64, *(1,) * (len(shape) - 1))
+    # Another range in each position of a sample, so that what mixes them is found out.
+    x = (x + torch.linspace(-1, 1, max(1, int(np.prod(shape[1:])))).reshape(1, *shape[1:])).float()
+    try:
+        y = module(x.clone())
+    except Exception:
+        return None  # other arguments, another dtype, ...: no elementwise function of one tensor
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    for name in activations.names():
+        wanted = activations.get(name).value(NumpyOps(), x.numpy())
+        if np.allclose(y.numpy(), wanted, rtol=1e-4, atol=1e-5):
+            return activations.get(name).name
+    return ""
 
 
 def fold_batch_norm(model: nn.Module, site: LayerSite) -> None:

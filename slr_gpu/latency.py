@@ -334,7 +334,8 @@ def _module(dense: nn.Module, structure: Structure) -> nn.Module:
     """A decomposed layer of a structure, with random weights, in the place of a dense one."""
     rng = np.random.default_rng(0)
     adapter = adapter_for(dense)
-    n, kernel_size = len(dense.weight), adapter.kernel_size(dense)
+    groups, kernel_size = adapter.groups(dense), adapter.kernel_size(dense)
+    n = len(dense.weight) // groups
     taps = int(np.prod(kernel_size, dtype=int))
     channels = dense.weight[0].numel() // taps
     mixed, taps = grouping(structure.form, channels, kernel_size)
@@ -361,4 +362,4 @@ def _module(dense: nn.Module, structure: Structure) -> nn.Module:
         kernel_size,
         basis,
     )
-    return adapter.build(dense, decomposition)
+    return adapter.build(dense, *[decomposition] * groups)

@@ -108,9 +108,13 @@ class LayerBudget:
             unit //= 2
         return unit
 
-    def smallest(self, form: str = "auto") -> float:
-        """Smallest keep, as a fraction of the dense weights, that a form can reach."""
-        n, c, taps = self.n, self.channels, self.taps
+    def allows(self, form: str) -> bool:
+        """Whether any structure of a form fits."""
+        return any(self.fits(structure) for structure in self.least(form))
+
+    def least(self, form: str) -> list[Structure]:
+        """The smallest structures of a form; none where it does not apply."""
+        taps = self.taps
         least = {
             "columns": [Structure("columns", 1, 0)],
             "channels": [Structure("channels", 1, 0), Structure("channels", 0, 1)],
@@ -120,9 +124,13 @@ class LayerBudget:
         }
         automatic = [form for form in least if form not in ("entries", "spatial")]
         names = automatic if form == "auto" else [form]
-        structures = [structure for name in names for structure in least[name]]
-        cost = min(structure.cost(n, *self.shape(structure.form)) for structure in structures)
-        return min(1.0, cost / (n * c * taps))
+        return [structure for name in names for structure in least[name]]
+
+    def smallest(self, form: str = "auto") -> float:
+        """Smallest keep, as a fraction of the dense weights, that a form can reach."""
+        dense = self.n * self.channels * self.taps
+        costs = [s.cost(self.n, *self.shape(s.form)) for s in self.least(form)]
+        return min(1.0, min(costs) / dense)
 
 
 def largest_basis(budget: LayerBudget) -> int:

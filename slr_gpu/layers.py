@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .decomposition import Decomposition
 
@@ -75,7 +76,7 @@ class _ColumnGather(nn.Module):
     ) -> None:
         super().__init__()
         self.stride, self.dilation, self.kernel_size = stride, dilation, kernel_size
-        taps = math.prod(kernel_size)
+        taps, self.channel_dim = math.prod(kernel_size), -len(kernel_size) - 1
         # In the order in which they are handed over: tap by tap.
         self.columns: list[int] = []
         self.offsets, selects = [], []
@@ -84,26 +85,27 @@ class _ColumnGather(nn.Module):
             if found:
                 self.columns += found
                 self.offsets.append(offset)
-                selects.append(_Select([c // taps for c in found], 1))
+                selects.append(_Select([c // taps for c in found], self.channel_dim))
         self.selects = nn.ModuleList(selects)
 
     def forward(self, padded: Tensor) -> Tensor:
         dims = range(len(self.kernel_size))
+        before = padded.ndim - len(dims)
         size = [
-            (padded.shape[2 + d] - self.dilation[d] * (self.kernel_size[d] - 1) - 1)
+            (padded.shape[before + d] - self.dilation[d] * (self.kernel_size[d] - 1) - 1)
             // self.stride[d]
             + 1
             for d in dims
         ]
         parts = []
         for offset, select in zip(self.offsets, self.selects, strict=True):
-            window: list[Any] = [slice(None), slice(None)]
+            window: list[Any] = [slice(None)] * before
             for d in dims:
                 start = offset[d] * self.dilation[d]
                 stop = start + (size[d] - 1) * self.stride[d] + 1
                 window.append(slice(start, stop, self.stride[d]))
             parts.append(select(padded[tuple(window)]))
-        return torch.cat(parts, 1)
+        return torch.cat(parts, self.channel_dim)
 
 
 class _SparseKernelConv(nn.Module):
@@ -151,9 +153,13 @@ class _ScatteredWeight(nn.Module):
             self.pad = tuple(reference._reversed_padding_repeated_twice)
             self.settings = {**settings, "padding": 0}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def dense(self) -> Tensor:
+        """The weight with zeros between the entries."""
         flat = self.weight.new_zeros(math.prod(self.shape))
-        weight = flat.index_copy(0, self.index, self.weight).reshape(self.shape)
+        return flat.index_copy(0, self.index, self.weight).reshape(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.dense()
         if len(self.shape) == 2:
             return F.linear(x, weight, self.bias)
         if any(self.pad):
@@ -170,7 +176,78 @@ class _ScatteredWeight(nn.Module):
         self.weight.copy_(torch.from_numpy(d.A[rows, kept]))
 
 
-class _SLRConvNd(nn.Module):
+_FACTS = {
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_sparse", "is_meta")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex}
+
+
+class _DenseWeight(Tensor):
+    """The dense weight of a decomposed layer, computed where its values are needed.
+
+    Models look at a weight besides calling its layer, mostly for its dtype or device.
+    """
+
+    @staticmethod
+    def __new__(cls, layer: Decomposed) -> _DenseWeight:
+        nothing = torch.empty((), dtype=layer.bias.dtype, device=layer.bias.device)
+        return nothing.expand(layer.dense_shape).as_subclass(cls)
+
+    def __init__(self, layer: Decomposed) -> None:
+        self._layer = layer
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(
+            lambda x: x._layer.dense() if isinstance(x, cls) else x, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+class Decomposed(nn.Module):
+    """A layer whose weight is not stored as such."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the parts stand for, of the shape that the layer's own had."""
+        return _DenseWeight(self)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> Tensor:
+        return (self.U if self.rank else self.A).bias
+
+    def dense(self) -> Tensor:
+        raise NotImplementedError
+
+    def _joined(self, width: int, rest: int) -> Tensor:
+        """``A + U V`` (n, width) from factors with `rest` trailing numbers a column."""
+        n = len(self.bias)
+        kept = torch.tensor(self.kept, dtype=torch.int64, device=self.bias.device)
+        mask = torch.ones(width, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
+        M = self.bias.new_zeros(n, width, rest)
+        if self.rank:
+            V = self.V.weight.reshape(self.rank, -1, rest)
+            UV = torch.einsum("nk,kcr->ncr", self.U.weight.reshape(n, self.rank), V)
+            M = M.index_copy(1, mask.nonzero().flatten(), UV)
+        if self.kept:
+            M = M.index_copy(1, kept, self._kept_weight().reshape(n, -1, rest))
+        if self.entries:
+            M = M + self.A.dense().reshape(M.shape)
+        return M
+
+    def _kept_weight(self) -> Tensor:
+        """A's weight in the order of `kept`."""
+        return self.A.weight
+
+
+class _SLRConvNd(Decomposed):
     """A convolution as column-sparse plus low-rank.
 
     Parameters
@@ -235,14 +312,15 @@ class _SLRConvNd(nn.Module):
             self._columns_parts(rest)
         else:
             if self.kept:
-                self.select_A = _Select(self.kept, 1)
+                self.select_A = _Select(self.kept, -self.dims - 1)
                 self.A = Conv(len(self.kept), out_channels, bias=not rank, **settings)
             if entries:
                 shape = (out_channels, in_channels, *self.kernel_size)
                 where = {name: settings[name] for name in settings if name != "kernel_size"}
                 self.A = _ScatteredWeight(shape, entries, bias=not rank, **where)
             if rank:
-                self.select_V = nn.Identity() if form == "entries" else _Select(rest, 1)
+                select = _Select(rest, -self.dims - 1)
+                self.select_V = nn.Identity() if form == "entries" else select
                 self.V = Conv(len(rest), rank, bias=False, **settings)
         if rank:
             self.U = Conv(rank, out_channels, 1)
@@ -284,8 +362,8 @@ class _SLRConvNd(nn.Module):
             settings = {"stride": self.stride, "dilation": self.dilation}
             self.V = _SparseKernelConv(rest, shape, settings)
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = []
+    def forward(self, input: Tensor) -> Tensor:  # as torch's own layers call it
+        x, parts = input, []
         if self.form == "columns":
             if any(self.pad):
                 mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -304,6 +382,31 @@ class _SLRConvNd(nn.Module):
         if self.entries:
             parts.append(self.A(x))
         return _sum(parts)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels, *self.kernel_size)
+
+    def dense(self) -> Tensor:
+        shape, taps = self.dense_shape, math.prod(self.kernel_size)
+        if self.form == "columns":
+            return self._joined(self.in_channels * taps, 1).reshape(shape)
+        if self.basis_rows is None:
+            return self._joined(self.in_channels, taps).reshape(shape)
+        first = self.kernel_size[0] if self.form == "spatial" else 1
+        M = self._joined(self.basis_rows, taps // first)
+        basis = self.basis.weight.reshape(self.basis_rows, self.in_channels, first)
+        return torch.einsum("nrt,rcf->ncft", M, basis).reshape(shape)
+
+    def _kept_weight(self) -> Tensor:
+        if self.form != "columns":
+            return self.A.weight
+        order = torch.from_numpy(self._by_taps()).to(self.A.weight.device)
+        return self.A.weight.flatten(1).index_copy(1, order, self.A.weight.flatten(1))
+
+    def _by_taps(self) -> np.ndarray:
+        """Kept columns, numbered as they ascend, in the order of the gather."""
+        return np.searchsorted(self.kept, self.gather.columns)
 
     def extra_repr(self) -> str:
         basis = "" if self.basis_rows is None else f", r={self.basis_rows}"
@@ -349,9 +452,8 @@ class _SLRConvNd(nn.Module):
             self.A.assign(d)
         if self.kept:
             if self.form == "columns":
-                # The gather has its own order of columns; the decomposition has them ascending.
-                order = np.searchsorted(d.columns, self.gather.columns)
-                self.A.weight.copy_(tensors["A"][:, torch.from_numpy(order)].reshape(n, -1, *one))
+                order = torch.from_numpy(self._by_taps())
+                self.A.weight.copy_(tensors["A"][:, order].reshape(n, -1, *one))
             else:
                 self.A.weight.copy_(tensors["A"].reshape(n, len(self.kept), *k))
         if d.basis is not None:
@@ -371,7 +473,7 @@ class SLRConv3d(_SLRConvNd):
     dims = 3
 
 
-class SLRLinear(nn.Module):
+class SLRLinear(Decomposed):
     """A linear layer as column-sparse plus low-rank: ``A x[S] + U V x[C] + b``.
 
     Parameters
@@ -407,8 +509,8 @@ class SLRLinear(nn.Module):
             self.V = nn.Linear(len(rest), rank, bias=False)
             self.U = nn.Linear(rank, out_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = []
+    def forward(self, input: Tensor) -> Tensor:  # as torch's own layers call it
+        x, parts = input, []
         if self.rank:
             parts.append(self.U(self.V(self.select_V(x))))
         if self.kept:
@@ -416,6 +518,13 @@ class SLRLinear(nn.Module):
         if self.entries:
             parts.append(self.A(x))
         return _sum(parts)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+    def dense(self) -> Tensor:
+        return self._joined(self.in_features, 1).flatten(1)
 
     def extra_repr(self) -> str:
         kept = f"entries={self.entries}" if self.entries else f"s={len(self.kept)}"

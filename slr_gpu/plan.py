@@ -137,7 +137,9 @@ class LayerPlan:
             return
         channels, taps = cost.budget({}).shape(self.form)
         r = channels if self.r is None else self.r
-        most_s = {"columns": channels * taps, "entries": cost.weights}.get(self.form, r)
+        most_s = {"columns": channels * taps, "entries": cost.weights // cost.groups}.get(
+            self.form, r
+        )
         group = {"columns": 1, "entries": 0}.get(self.form, taps)
         most = {"r": channels, "s": most_s, "k": min(cost.n, r * taps - self.s * group)}
         for name, limit in most.items():

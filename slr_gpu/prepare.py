@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .adapters import adapter_for
 from .budget import LayerCost
@@ -24,14 +24,16 @@ from .capture import (
     References,
     Sampler,
     as_batches,
+    by_position,
+    first_samples,
     first_tensor,
     record_references,
     run_model,
 )
-from .decomposition import is_separable
 from .errors import InputError, ModelError, complain
 from .graph import LayerSite, find_sites, fold_batch_norm
-from .layer_budget import BLOCK, check_form
+from .layer_budget import BLOCK, LayerBudget, check_form
+from .lowering import lower, non_leaf_tensors
 from .ops import get_ops
 from .progress import Advance
 from .solvers import SOLVERS, Majorize, Solver
@@ -139,6 +141,8 @@ class Prepared:
         The user's.
     original, work : nn.Module
         Copies in eval mode, BatchNorms folded; layers of `work` get replaced.
+    lowered : dict of str to str
+        What `slr_gpu.lowering` did to modules, by name.
     sites : dict of str to LayerSite
     reasons : dict of str to str
         Why layers stay dense.
@@ -149,7 +153,7 @@ class Prepared:
     costs : dict of str to LayerCost
         Of the chosen layers.
     totals : dict of str to float
-        What the whole dense model costs, with the biases its compressed layers will have.
+        What the whole dense model costs.
     batches : list of tuple
     sampler : Sampler
 
@@ -173,8 +177,8 @@ class Prepared:
         self.work = _copy(model)
         if self.ops.device != "cpu":
             self.work.to(self.ops.device)
-        with torch.no_grad():
-            self.sites = find_sites(self.work, lambda: run_model(self.work, self.first_sample))
+        self.lowered = lower(self.work)
+        self.sites = self._sites()
         for site in self.sites.values():
             if site.batch_norm is not None and adapter_for(self.work.get_submodule(site.name)):
                 fold_batch_norm(self.work, site)
@@ -197,27 +201,34 @@ class Prepared:
         self.totals = self._totals()
         self.batch_sizes = [len(first_tensor(batch)) for batch in self.batches]
         self.sample_count = sum(self.batch_sizes)
-        self.sampler = Sampler(settings.samples, self.sample_count, settings.seed)
+        self.sampler = Sampler(settings.samples, self.batch_sizes, settings.seed)
         self._references: References | None = None
 
     @property
     def first_sample(self) -> Batch:
-        return tuple(i[:1] if isinstance(i, torch.Tensor) else i for i in self.batches[0])
+        return first_samples(self.batches[0], 1)
 
     @property
     def example(self) -> Batch:
         """Two samples, so that exporting need not take a batch of one for a constant."""
         return tuple(
-            item[:2].detach().cpu().clone() if isinstance(item, torch.Tensor) else item
-            for item in self.batches[0]
+            item.detach().cpu().clone() if isinstance(item, torch.Tensor) else item
+            for item in by_position(self.source, first_samples(self.batches[0], 2))
         )
 
-    def form(self, name: str) -> str:
-        """The form asked for, or ``auto`` where it does not apply (by the layer's kernel)."""
+    def form(self, name: str, budget: LayerBudget | None = None) -> str:
+        """The form asked for; ``auto`` where it does not apply, or is always over the budget."""
         form = self.options.get(name, {}).get("form", self.settings.form)
-        kernel_size = self.costs[name].kernel_size
-        applies = {"rotated": math.prod(kernel_size) > 1, "spatial": is_separable(kernel_size)}
-        return form if applies.get(form, True) else "auto"
+        budget = self.costs[name].budget({}) if budget is None else budget
+        return form if form == "auto" or budget.allows(form) else "auto"
+
+    def notes(self, name: str) -> list[str]:
+        """What should be said about a layer whatever becomes of it."""
+        form = self.options.get(name, {}).get("form", self.settings.form)
+        other = name in self.costs and self.form(name) != form
+        lowered = self.lowered.get(name) or self.lowered.get(name.rpartition(".")[0], "")
+        found = (f"form {form} does not apply" if other else "", self.sites[name].note, lowered)
+        return [note for note in found if note]
 
     def references(self, advance: Advance = lambda samples: None) -> References:
         """The original's responses of all chosen layers, from one pass that is made once."""
@@ -238,31 +249,62 @@ class Prepared:
     def restored(self) -> nn.Module:
         """The compressed copy with the device, the dtype and the modes of the user's model."""
         work, model = self.work, self.source
-        parameter = next(model.parameters())
-        work.to(parameter.device)
-        if parameter.element_size() < 4:
-            work.to(parameter.dtype)
-        modes = {name: module.training for name, module in model.named_modules()}
+        work.to(next(model.parameters()).device)
+        originals = dict(model.named_modules())
         for name, module in work.named_modules():
-            while name not in modes:  # inside a replaced layer
+            while name not in originals:  # inside a replaced layer
                 name = name.rpartition(".")[0]
-            module.training = modes[name]
+            module.training = originals[name].training
+            tensors = [*originals[name].parameters(), *originals[name].buffers()]
+            dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+            if dtype is not None and dtype.itemsize < 4:
+                for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                    if tensor.is_floating_point():
+                        tensor.data = tensor.data.to(dtype)
         return work
 
+    def _sites(self) -> dict[str, LayerSite]:
+        """All layers; those whose one input row is the same for every sample stay dense."""
+        work, batch = self.work, self.batches[0]
+
+        def watched(count: int) -> dict[str, LayerSite]:
+            with torch.no_grad():
+                return find_sites(work, lambda: run_model(work, first_samples(batch, count)))
+
+        sites = watched(1)
+        if len(first_tensor(batch)) > 1:
+            for name, other in watched(2).items():
+                if other.calls and _rows(sites[name], work) == _rows(other, work) == 1:
+                    sites[name].dense = sites[name].dense or "its input is the same for all samples"
+        return sites
+
     def _totals(self) -> dict[str, float]:
-        added = [self.work.get_submodule(site.name) for site in self.chosen]
-        biases = sum(len(layer.weight) for layer in added if layer.bias is None)
         return {
-            "params": sum(p.numel() for p in self.work.parameters()) + biases,
+            "params": sum(p.numel() for p in self.work.parameters()),
             "flops": count_flops(self.work, self.first_sample)[0] / 2,
         }
 
 
+# The kernel of scaled_dot_product_attention that CPUs use is missing in torch's list.
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *args, out_shape=None, **settings: sdpa_flop_count(q, k, v)
+    )
+}
+
+
 def count_flops(model: nn.Module, batch: Batch) -> tuple[int, dict[str, int]]:
     """FLOPs of one call, in total and by module, as torch counts them."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        run_model(model, batch)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    # It fails on modules that are called with a trainable parameter.
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        with torch.no_grad(), counter:
+            run_model(model, batch)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     root = type(model).__name__
     by_module = {
         name.removeprefix(f"{root}.") if name != root else "": sum(counts.values())
@@ -273,7 +315,7 @@ def count_flops(model: nn.Module, batch: Batch) -> tuple[int, dict[str, int]]:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        work = copy.deepcopy(model)
+        work = copy.deepcopy(model, non_leaf_tensors(model))
     except Exception as error:
         raise ModelError(
             complain(
@@ -287,9 +329,8 @@ def _copy(model: nn.Module) -> nn.Module:
     for module in work.modules():
         module._forward_hooks.clear()
         module._backward_hooks.clear()
-    parameter = next(work.parameters(), None)
-    if parameter is not None and parameter.element_size() < 4:
-        work = work.float()  # fitted in float32, handed back in the model's own dtype
+    if any(p.is_floating_point() and p.element_size() < 4 for p in work.parameters()):
+        work = work.float()  # fitted in float32, handed back in the model's own dtypes
     return work.eval()
 
 
@@ -321,13 +362,10 @@ def _reasons(
             reasons[name] = "ignored by name"
     ran = [name for name, site in sites.items() if site.calls]
     for name, site in sites.items():
-        layer = model.get_submodule(name)
-        if not site.calls:
-            reasons.setdefault(name, "not reached by the calibration data")
-        elif site.calls > 1:
-            reasons.setdefault(name, f"called {site.calls} times in one pass")
-        elif adapter_for(layer).unsupported(layer):
-            reasons.setdefault(name, adapter_for(layer).unsupported(layer))
+        if site.dense:
+            reasons.setdefault(name, site.dense)
+        elif not _cost(site, model.get_submodule(name)).compressible:
+            reasons.setdefault(name, "too small: no decomposition is smaller")
     if keep_ends and ran:
         reasons.setdefault(ran[0], "first layer")
         reasons.setdefault(ran[-1], "last layer")
@@ -343,18 +381,30 @@ def _options(overrides: dict[str, dict[str, Any]], names: list[str]) -> dict[str
     return options
 
 
+def _rows(site: LayerSite, model: nn.Module) -> int:
+    """Output rows of all uses together."""
+    n = len(model.get_submodule(site.name).weight)
+    return sum(math.prod(shape) // n for _, shape in site.shapes)
+
+
 def _cost(site: LayerSite, layer: nn.Module) -> LayerCost:
     adapter = adapter_for(layer)
-    taps = math.prod(adapter.kernel_size(layer))
-    n = len(layer.weight)
-    x, y = (torch.empty(s, device="meta") for s in (site.input_shape, site.output_shape))
+    taps, groups = math.prod(adapter.kernel_size(layer)), adapter.groups(layer)
+    before = after = between = 0
+    for shapes in site.shapes:
+        x, y = (adapter.batched(layer, torch.empty(shape, device="meta")) for shape in shapes)
+        before += len(x) * adapter.positions(layer, x)
+        after += len(y) * adapter.positions(layer, y)
+        between += len(y) * adapter.spatial_positions(layer, x, y)
     return LayerCost(
         site.name,
-        n,
+        len(layer.weight) // groups,
         layer.weight[0].numel() // taps,
         taps,
-        adapter.positions(layer, y),
-        adapter.positions(layer, x),
+        after,
+        before,
         adapter.kernel_size(layer),
-        adapter.spatial_positions(layer, x, y),
+        between,
+        groups,
+        len(layer.weight) if layer.bias is None else 0,
     )

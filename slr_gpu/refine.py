@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import Batch, full_precision, run_model
+from .capture import Batch, Named, full_precision, run_model
 from .checkpoint import Store
 from .errors import InputError, complain
 from .output_loss import choose_loss, mean_loss, output_loss
@@ -244,10 +244,11 @@ class _Batches:
             for batch in batches
         }
         self.joined: Batch | None = None
-        if len(shapes) == 1 and None not in next(iter(shapes)):
+        named = any(isinstance(batch, Named) for batch in batches)
+        if len(shapes) == 1 and None not in next(iter(shapes)) and not named:
             self.joined = tuple(torch.cat(items) for items in zip(*batches, strict=True))
         mixes = all(isinstance(i, Tensor) and i.is_floating_point() for i in batches[0])
-        self.copies = settings.copies if mixes else 1
+        self.copies = settings.copies if mixes and not named else 1
         self._wanted: dict[tuple[int, int], Any] = {}
 
     def __len__(self) -> int:

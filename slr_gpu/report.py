@@ -98,6 +98,11 @@ class Report:
     refinement: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def skipped_flops(self) -> int:
+        """FLOPs of all that is not compressed: layers left dense, and products of activations."""
+        return self.flops - sum(layer.flops for layer in self.layers if layer.compressed)
+
+    @property
     def achieved(self) -> dict[str, float]:
         return {
             "params": self.params_kept / max(self.params, 1),
@@ -157,7 +162,7 @@ class Report:
                     "100.0 %",
                     "100.0 %",
                     "",
-                    layer.reason,
+                    "; ".join([layer.reason, *layer.notes]),
                     style="dim",
                 )
         lines = []
@@ -169,8 +174,10 @@ class Report:
                 f"{unit}: {_si(before)} -> {_si(after)}, kept {self.achieved[resource]:.2%}"
                 f" ({asked_text})"
             )
-        skipped = sum(layer.flops for layer in self.layers if not layer.compressed)
-        lines.append(f"FLOPs in layers left dense: {skipped / max(self.flops, 1):.2%}")
+        skipped = self.skipped_flops
+        lines.append(
+            f"FLOPs in what stays dense: {_si(skipped)}, {skipped / max(self.flops, 1):.2%}"
+        )
         if self.latency:
             asked = self.asked.get("latency")
             lines.append(

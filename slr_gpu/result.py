@@ -23,6 +23,7 @@ from .deploy import LayerGraph, choose_graphs, table
 from .errors import InputError, complain
 from .export import check_target, export_model, flush_denormals, has_denormals
 from .graph import LayerSite, fold_batch_norm, set_module
+from .lowering import lower
 from .plan import check_schema
 from .report import Report
 from .storage import load_json, save_json, write_atomically
@@ -169,6 +170,7 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Modul
     plan = load_json(folder / "plan.json")
     check_schema(plan, str(folder / "plan.json"))
     model = model_factory().eval()
+    lower(model)
     try:
         for entry in plan["folded"]:
             site = LayerSite(entry["layer"], batch_norm=entry["batch_norm"])

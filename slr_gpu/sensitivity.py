@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .analysis import Analysis, LayerAnalysis, check_allocation
-from .capture import Batch, Frontier, first_tensor, full_precision, layer_io, run_model
+from .capture import Batch, Frontier, first_tensor, full_precision, layer_parts, mapped, run_model
 from .checkpoint import Store, fingerprint
 from .errors import InputError, complain
 from .graph import set_module
@@ -133,7 +133,7 @@ def measure(
         if not curves:
             for layer in analysis.layers:
                 targets = references.linear_targets[layer.cost.name]
-                layer.energies = pca_energies(targets).tolist()
+                layer.energies = pca_energies(targets, layer.cost.groups).tolist()
             return analysis
         judge = None
         if allocation == "output":
@@ -161,30 +161,43 @@ def _measure(
     """Fill in the curve of a layer and what it does to the output."""
     name, settings = layer.cost.name, prepared.settings
     site, module = prepared.sites[name], prepared.original.get_submodule(name)
-    arrays = layer_io(
-        module,
-        site,
-        prepared.references(),
-        prepared.sampler,
-        frontier.inputs(name),
-        prepared.batch_sizes,
-    )
+    references = prepared.references()
+    inputs = frontier.inputs(name, references.calls(name))
     ridge = 1e-3 if settings.ridge == "auto" else settings.ridge
-    problem = ResponseProblem(arrays, ops=prepared.ops, ridge=ridge, held_out=settings.held_out)
-    tradeoff = TradeOff(problem, prepared.form(name), settings.multiple)
+    problems = [
+        ResponseProblem(part, ops=prepared.ops, ridge=ridge, held_out=settings.held_out)
+        for part in layer_parts(module, site, references, prepared.sampler, inputs)
+    ]
     resources = tuple(prepared.totals)
 
     def affordable(structure) -> bool:
         return any(layer.cost.cost(structure, r) < layer.cost.dense(r) for r in resources)
 
-    points = tradeoff.points(affordable)
+    for form in (prepared.form(name), "columns"):  # narrow layers: no basis is affordable
+        tradeoffs = [TradeOff(problem, form, settings.multiple) for problem in problems]
+        points = _mean_points([tradeoff.points(affordable) for tradeoff in tradeoffs], problems)
+        if points:
+            break
     costs = np.array([[layer.cost.cost(p.structure, r) for r in resources] for p in points])
     errors = np.array([point.error for point in points])
     layer.points = [points[i] for i in undominated(errors, costs, SLACK)]
     if judge is not None:
         for point in _probed(layer):
-            replaced = _replaced(module, *tradeoff.weight(point.structure))
+            parts = [tradeoff.weight(point.structure) for tradeoff in tradeoffs]
+            xp = prepared.ops.xp
+            weight, bias = (xp.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            replaced = _replaced(module, weight, bias)
             layer.effects.append((point.error, judge(name, replaced)))
+
+
+def _mean_points(points: list[list[Point]], problems: list[ResponseProblem]) -> list[Point]:
+    """Points of a layer from those of its groups, whose grids are one: mean errors by energy."""
+    if len(points) == 1 or not points[0]:
+        return points[0]
+    energies = [float((problem.layer_io.targets**2).sum()) + 1e-30 for problem in problems]
+    errors = [[point.error for point in group] for group in points]
+    errors = np.average(errors, axis=0, weights=energies)
+    return [Point(p.structure, float(e)) for p, e in zip(points[0], errors, strict=True)]
 
 
 def _probed(layer: LayerAnalysis) -> list[Point]:
@@ -269,12 +282,11 @@ def held_out_batches(batches: list[Batch], held_out: float) -> tuple[list[Batch]
 
 
 def _rows(batch: Batch, mask: torch.Tensor) -> Batch:
-    return tuple(
-        item[mask.to(item.device)]
-        if isinstance(item, torch.Tensor) and item.ndim and len(item) == len(mask)
-        else item
-        for item in batch
-    )
+    def chosen(item: Any) -> Any:
+        samples = isinstance(item, torch.Tensor) and item.ndim and len(item) == len(mask)
+        return item[mask.to(item.device)] if samples else item
+
+    return mapped(chosen, batch)
 
 
 def _first(batches: list[Batch], samples: int) -> list[Batch]:

@@ -81,7 +81,7 @@ def pca_energy(
         See `uniform`.
     energies : dict of str to array, (n,)
         Eigenvalues of the covariance of every layer's responses before the activation,
-        descending; see `pca_energies`.
+        descending; see `pca_energies`. Of grouped layers, the mean over the groups.
 
     Raises
     ------
@@ -136,7 +136,7 @@ def select_ranks(
     total = 0.0
     for number, layer in enumerate(layers):
         positions[layer.name] = layer.dense(resource) / layer.weights
-        largest = layer.weights // (layer.n + layer.channels * layer.taps)
+        largest = layer.weights // layer.low_rank(1)
         ranks[layer.name] = max(1, min(largest, len(energies[layer.name])))
         total += cost(layer, ranks[layer.name])
         offer(number)
@@ -150,12 +150,18 @@ def select_ranks(
     return ranks
 
 
-def pca_energies(responses: Any) -> np.ndarray:
-    """Eigenvalues (n,) of the covariance of responses (P, n) on any device, descending."""
+def pca_energies(responses: Any, groups: int = 1) -> np.ndarray:
+    """Eigenvalues of the covariance of responses (P, n) on any device, descending.
+
+    Their mean (n / groups,) over groups of neighbouring responses.
+    """
     responses = NumpyOps().asarray(responses)
     centred = responses - responses.mean(axis=0, dtype=np.float64).astype(responses.dtype)
-    gram = (centred.T @ centred).astype(np.float64)
-    return np.linalg.eigvalsh(gram / len(responses))[::-1].clip(min=0)
+    energies = []
+    for part in np.split(centred, groups, axis=1):
+        gram = (part.T @ part).astype(np.float64)
+        energies.append(np.linalg.eigvalsh(gram / len(responses))[::-1].clip(min=0))
+    return np.mean(energies, axis=0)
 
 
 def _available(
@@ -167,9 +173,10 @@ def _available(
 ) -> float:
     """What all of these layers may cost; BudgetError when their floors are over it."""
     smallest = sum(floors[layer.name] * layer.dense(resource) for layer in layers)
+    biases = sum(layer.added_bias for layer in layers) if resource == "params" else 0
     keep = {resource: keep[resource]}
-    check_reachable(keep, layers, totals, {resource: smallest})
-    return remaining(keep, layers, totals)[resource]
+    check_reachable(keep, layers, totals, {resource: smallest + biases})
+    return remaining(keep, layers, totals)[resource] - biases
 
 
 def _budgets(

@@ -263,7 +263,7 @@ def test_references_are_the_responses_before_in_place_activations(data):
     with torch.no_grad():
         sites = find_sites(model, lambda: model(data[:1]))
     references = record_references(
-        model, batches, list(sites.values()), Sampler(120 * 64, 120, 0), with_inputs=True
+        model, batches, list(sites.values()), Sampler(120 * 64, [64, 56], 0), with_inputs=True
     )
     with torch.no_grad():
         expected = model[0](data).flatten(2).transpose(1, 2).reshape(-1, 3)
@@ -288,9 +288,95 @@ def test_options_by_name(model, data):
     assert rows["2"].params_kept <= 0.3 * rows["2"].params + 16
 
 
-def test_half_precision_model_comes_back_in_half(model, data):
-    result = slr_gpu.compress(model.half(), data, {"params": 0.5}, progress=False)
-    assert {p.dtype for p in result.model.parameters()} == {torch.float16}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_model_comes_back_in_its_dtype(model, data, dtype, tmp_path):
+    """Fitted in float32, whatever the model is in: nearly the fits of a float model."""
+    reference = slr_gpu.compress(model, data, {"params": 0.5}, progress=False)
+    result = slr_gpu.compress(model.to(dtype), data, {"params": 0.5}, progress=False)
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    got, expected = result.model(data.to(dtype)).float(), model(data.to(dtype)).float()
+    error = reference.model(data) - expected
+    assert (got - expected).norm() < 1.2 * error.norm() + 0.02 * expected.norm()
+    result.save(tmp_path)
+    loaded = slr_gpu.load(tmp_path, lambda: small_network().to(dtype))
+    assert torch.equal(loaded(data.to(dtype)), result.model(data.to(dtype)))
+
+
+def test_mixed_precision_comes_back_as_it_was(model, data):
+    model[2:9].bfloat16()  # float32 before and behind
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x):
+            for layer in self.layers:
+                weight = next(layer.parameters(), None)
+                x = x if weight is None else x.to(weight.dtype)
+                x = layer(x)
+            return x
+
+    result = slr_gpu.compress(Mixed().eval(), data, {"params": 0.5}, progress=False)
+    kinds = {n: p.dtype for n, p in result.model.named_parameters()}
+    assert kinds["layers.0.weight"] == torch.float32
+    assert {kinds[n] for n in kinds if n.startswith("layers.2.")} == {torch.bfloat16}
+    assert {kinds[n] for n in kinds if n.startswith("layers.9.")} == {torch.float32}
+    result.model(data)
+
+
+def test_channels_last(model, data, tmp_path):
+    """The same fits as for a contiguous model, and kernels that stay channels last."""
+    plain = slr_gpu.compress(model, data, {"params": 0.5}, progress=False)
+    last = {"memory_format": torch.channels_last}
+    result = slr_gpu.compress(model.to(**last), data.to(**last), {"params": 0.5}, progress=False)
+    torch.testing.assert_close(result.model(data), plain.model(data), rtol=1e-2, atol=1e-3)
+    kernels = [m.weight for m in result.model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(**last) for w in kernels)
+    assert result.model[:2](data.to(**last)).is_contiguous(**last)
+    result.save(tmp_path)
+    loaded = slr_gpu.load(tmp_path, small_network)
+    torch.testing.assert_close(loaded(data), result.model(data), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "norms",
+    ["conv relu norm", "norm conv relu", "conv norm relu", "conv relu norm dropout"],
+)
+def test_norms_in_every_place(norms, data):
+    torch.manual_seed(0)
+    kinds = {
+        "conv": lambda: nn.Conv2d(8, 8, 3, padding=1),
+        "norm": lambda: nn.BatchNorm2d(8),
+        "relu": nn.ReLU,
+        "dropout": nn.Dropout2d,
+    }
+    block = [kinds[kind]() for _ in range(2) for kind in norms.split()]
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), *block, nn.Conv2d(8, 3, 1))
+    model(data)  # running statistics
+    model.eval()
+    result = slr_gpu.compress(model, data, {"params": 0.7}, progress=False)
+    rows = [row for row in result.report.layers if row.compressed]
+    assert [row.activation for row in rows] == ["relu", "relu"]
+    expected = model(data)
+    assert (result.model(data) - expected).norm() < 0.3 * expected.norm()
+
+
+class WithLayerNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+        self.c, self.drop = nn.Linear(16, 4), nn.Dropout()
+
+    def forward(self, x):
+        return self.c(F.gelu(self.drop(self.b(self.norm(self.a(x))))))
+
+
+def test_layer_norm_and_dropout():
+    torch.manual_seed(0)
+    data = torch.randn(100, 3, 8)
+    result = slr_gpu.compress(WithLayerNorm().eval(), data, {"params": 0.8}, progress=False)
+    assert [r.activation for r in result.report.layers if r.compressed] == ["gelu"]
 
 
 def test_unsupported_layers_are_listed(data):

@@ -93,10 +93,99 @@ def test_response_used_twice_is_identity():
     assert site.activation == "identity" and site.batch_norm is None
 
 
+class Swish(nn.Module):
+    """The user's own, with a module inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.gate(x)
+
+
+class Clip(nn.Module):
+    def forward(self, x):
+        return torch.minimum(torch.relu(x), torch.tensor(6.0))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class DropPath(nn.Module):
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1, 1, 1) > 0.5) if self.training else x
+
+
+class Centre(nn.Module):
+    """Of one tensor to one of its shape, but not elementwise."""
+
+    def forward(self, x):
+        return torch.relu(x - x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "modules,name,note",
+    [
+        ([Swish()], "silu", ""),
+        ([Clip()], "clamp(0,6)", ""),
+        ([DropPath(), nn.ReLU()], "relu", ""),
+        ([QuickGELU()], "identity", "QuickGELU is not supported"),
+        ([Centre()], "identity", "Centre is not supported"),
+        ([nn.ELU()], "identity", "ELU is not supported"),
+        ([nn.PReLU()], "identity", "PReLU is not supported"),
+        ([nn.Flatten(), nn.SiLU()], "silu", ""),
+    ],
+)
+def test_modules_of_the_users_own_are_asked(modules, name, note):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *modules)
+    site = sites_of(model, torch.randn(2, 3, 6, 6))["0"]
+    assert site.activation == name
+    assert note in site.note if note else not site.note
+
+
+def test_shapes_may_change_before_the_activation():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv1d(3, 4, 3), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = F.gelu(self.a(x).transpose(1, 2).contiguous())
+            return F.elu(self.b(x).flatten(1))
+
+    sites = sites_of(Turned(), torch.randn(2, 3, 6))
+    assert sites["a"].activation == "gelu" and sites["b"].note.startswith("elu is not supported")
+
+
+@pytest.mark.parametrize(
+    "layers,folded,activation",
+    [
+        ([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()], "1", "relu"),
+        ([nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.ReLU()], "1", "relu"),
+        ([nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)], None, "relu"),
+        ([nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU()], None, "relu"),
+        (
+            [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()],
+            None,
+            "identity",
+        ),
+        ([nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()], None, "identity"),
+        ([nn.Conv2d(3, 4, 3), nn.Dropout2d(), nn.BatchNorm2d(4), nn.ReLU()], None, "identity"),
+    ],
+)
+def test_places_of_a_norm(layers, folded, activation):
+    model = nn.Sequential(*layers)
+    site = next(iter(sites_of(model, torch.randn(2, 3, 6, 6)).values()))
+    assert site.batch_norm == folded and site.activation == activation
+
+
 def test_shared_module_is_counted():
     shared = nn.Linear(3, 3)
-    site = sites_of(nn.Sequential(shared, nn.ReLU(), shared), torch.randn(4, 3))["0"]
-    assert site.calls == 2
+    sites = sites_of(nn.Sequential(shared, nn.ReLU(), shared), torch.randn(4, 3))
+    assert list(sites) == ["0"] and sites["0"].calls == 2
 
 
 def test_folding_keeps_the_function_and_shared_norms_are_left():

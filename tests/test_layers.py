@@ -78,6 +78,8 @@ def test_conv_module_equals_dense_weight(dims, form, s, k, stride, padding, dila
         layer.bias.copy_(torch.from_numpy(d.bias))
     x = torch.randn(2, c, *(9, 8, 7)[:dims], generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(module(x), layer(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module.dense(), layer.weight, rtol=1e-4, atol=1e-5)
+    assert torch.equal(module.bias, layer.bias)
     rebuilt = build_from_plan(type(module).__name__, module.plan())
     rebuilt.load_state_dict(module.state_dict())
     assert torch.equal(rebuilt(x), module(x))
@@ -93,6 +95,7 @@ def test_linear_module_equals_dense_weight(s, k):
     x = torch.randn(2, 3, 8)
     expected = F.linear(x, torch.from_numpy(d.to_dense()), torch.from_numpy(d.bias))
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module.dense(), torch.from_numpy(d.to_dense()))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -140,9 +143,24 @@ def test_linear_rows_equal_linear():
         torch.testing.assert_close(F.linear(rows, layer.weight, layer.bias), expected)
 
 
-def test_grouped_convolution_says_why_not():
-    layer = nn.Conv2d(8, 8, 3, groups=4)
-    assert "groups=4" in adapter_for(layer).unsupported(layer)
+def test_depthwise_convolution_says_why_not():
+    layer = nn.Conv2d(8, 16, 3, groups=8)
+    assert "depthwise convolution (groups=8)" in adapter_for(layer).unsupported(layer)
+    assert adapter_for(layer).unsupported(nn.Conv2d(8, 8, 3, groups=4)) is None
+
+
+def test_subclasses_that_compute_the_same_are_replaced():
+    class Same(nn.Conv2d):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 3, padding=1)
+
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+    assert adapter_for(Same(4)) is adapter_for(nn.Conv2d(4, 4, 3))
+    assert adapter_for(Standardised(4, 4, 3)) is None
+    assert adapter_for(nn.MultiheadAttention(4, 2).out_proj) is None
 
 
 def test_module_trains():
@@ -154,3 +172,20 @@ def test_module_trains():
         )
         module(torch.randn(1, 5, 6, 6)).square().mean().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_weight_is_computed_only_where_its_values_are_needed(monkeypatch):
+    d = random_decomposition(np.random.default_rng(0), 6, 8, (), "columns", 3, 2)
+    module = adapter_for(nn.Linear(8, 6)).build(nn.Linear(8, 6), d)
+    asked = []
+    dense = type(module).dense
+    monkeypatch.setattr(type(module), "dense", lambda self: asked.append(1) or dense(self))
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.dtype, weight.shape, weight.ndim) == (torch.float32, (6, 8), 2)
+    assert weight.device.type == "cpu" and weight.size(0) == 6 and not asked
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(F.linear(x, module.weight, module.bias), module(x))
+    assert asked
+    module.weight.square().sum().backward()
+    assert module.U.weight.grad.abs().sum() > 0
