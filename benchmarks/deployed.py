@@ -96,7 +96,7 @@ def speed(
     size: Annotated[list[int], typer.Option(help="32, 224 or both.")] = list(SIZES),
     threads: Annotated[list[int], typer.Option(help="Of the runtimes.")] = [1, 2],
     multiple: Annotated[int, typer.Option(help="See slr_gpu.compress.")] = 16,
-    time_limit: Annotated[float, typer.Option(help="Seconds a table.")] = 60.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds a table.")] = 30.0,
     again: Annotated[bool, typer.Option("--again", help="Measure what is stored too.")] = False,
 ) -> None:
     """Latency in every runtime, and accuracy."""
@@ -109,19 +109,19 @@ def speed(
         for label, fraction in names:
             quality[label, fraction] = _quality(vgg, store, label, fraction, multiple)
             done(f"{label} at {fraction:g}: {quality[label, fraction]['drop']:.2f} points")
-    runs = [(s, r, t) for s in size for t in threads for r in RUNTIMES]
+    runs = [(pixels, runtime) for pixels in size for runtime in RUNTIMES]
+    records = {}
     with progress("measured", len(runs)) as done:
-        for pixels, runtime, count in runs:
-            mark = vgg.fingerprint(systems=system, keep=keep, multiple=multiple)
-            name = key(f"{pixels}x{pixels}", runtime, f"{count} threads")
+        for pixels, runtime in runs:
+            mark = vgg.fingerprint(systems=system, keep=keep, multiple=multiple, threads=threads)
+            name = key(f"{pixels}x{pixels}", runtime)
             record = None if again else store.get(name, mark)
             if record is None:
-                record = _measure(vgg, names, pixels, runtime, count, multiple, time_limit)
-                store.put(name, mark, record)
+                record = _measure(vgg, names, pixels, runtime, threads, multiple, time_limit)
+                record = store.put(name, mark, record)
+            for count, measured in record["by_threads"].items():
+                records[pixels, runtime, int(count)] = {**record, **measured}
             done(name)
-    records = {
-        run: store.records[key(f"{run[0]}x{run[0]}", run[1], f"{run[2]} threads")] for run in runs
-    }
     _report(records, quality, Console(width=150))
     _plot(records, quality, out / "deployed_speed.png")
 
@@ -136,7 +136,7 @@ def _quality(vgg: VGG, store: Store, label: str, fraction: float, multiple: int)
     mark = vgg.fingerprint(system=SYSTEMS[label], multiple=multiple)
 
     def make() -> dict[str, Any]:
-        model, report = vgg.compressed({"flops": fraction}, SYSTEMS[label], True, multiple=multiple)
+        model, report = _compressed(vgg, label, fraction, multiple)
         found = vgg.compare_branches([], {"": (0, vgg.chain(model))})[""]
         return {
             "asked": fraction,
@@ -163,11 +163,11 @@ def _measure(
     names: list[tuple[str, float]],
     pixels: int,
     runtime: str,
-    threads: int,
+    threads: list[int],
     multiple: int,
     time_limit: float,
 ) -> dict[str, Any]:
-    """All networks in one runtime, in one interleaved run."""
+    """All networks in one runtime, in one interleaved run for each number of threads."""
     with tempfile.TemporaryDirectory() as folder:
         dense, x = _network(vgg.source, pixels)
         models, graphs, ideal = {"dense": Path(folder) / "dense.onnx"}, {}, {}
@@ -175,29 +175,31 @@ def _measure(
         for label, fraction in names:
             name = key(label, fraction)
             model = _network(_compressed(vgg, label, fraction, multiple)[0], pixels)[0]
-            chosen = choose_graphs(
-                model, x, runtime=runtime, threads=threads, time_limit_s=20, progress=False
-            )
+            chosen = choose_graphs(model, x, runtime=runtime, time_limit_s=5, progress=False)
             graphs[name] = {layer.name: layer.graph for layer in chosen}
             models[name] = Path(folder) / f"{len(models)}.onnx"
             export_model(model, models[name], x, graphs[name])
             ideal[name] = count_flops(dense, (x,))[0] / count_flops(model, (x,))[0]
-        result = slr_gpu.bench(
-            models, x[:1], runtimes=[runtime], threads=threads, time_limit_s=time_limit
-        )
-    rows = result.as_dict()
-    for row in rows["latencies"]:
-        row.pop("samples_s")
-        row.pop("layers")
+        by_threads = {}
+        for count in threads:
+            result = slr_gpu.bench(
+                models, x[:1], runtimes=[runtime], threads=count, time_limit_s=time_limit
+            )
+            rows = result.as_dict()
+            for row in rows["latencies"]:
+                row.pop("samples_s")
+                row.pop("layers")
+            by_threads[count] = {
+                "latencies": {row.pop("model"): row for row in rows["latencies"]},
+                "environment": rows["environment"],
+                "rounds_s": rows["seconds"],
+            }
     return {
         "pixels": pixels,
         "runtime": runtime,
-        "bench_threads": threads,
         "ideal": ideal,
         "graphs": graphs,
-        "latencies": {row.pop("model"): row for row in rows["latencies"]},
-        "environment": rows["environment"],
-        "rounds_s": rows["seconds"],
+        "by_threads": by_threads,
     }
 
 

@@ -36,7 +36,7 @@ from .adapters import adapter_for
 from .analysis import Analysis, LayerAnalysis
 from .budget import LayerCost, fixed
 from .decomposition import Decomposition, Structure, grouping
-from .errors import InputError, complain
+from .errors import BudgetError, InputError, complain
 from .fold import for_deployment
 from .graph import set_module
 from .plan import LayerPlan, Plan
@@ -210,7 +210,12 @@ def allocate_measured(
     """
     request, found = dict(keep), []
     for _ in range(tries):
-        plan = analysis.allocate(request)
+        try:
+            plan = analysis.allocate(request)
+        except BudgetError:
+            if not found:
+                raise
+            break  # a correction asked for more than there is: the best plan so far
         measured = measured_latency(prepared, planned_model(prepared, plan), target)
         measured["predicted"] = plan.achieved["latency"]
         found.append((plan, measured))

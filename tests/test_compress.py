@@ -119,7 +119,7 @@ def test_compressed_model_is_made_of_its_decompositions(model, data, monkeypatch
         return result
 
     monkeypatch.setattr(module, "fit", remember)
-    result = slr_gpu.compress(model, data, {"params": 0.5}, progress=False)
+    result = slr_gpu.compress(model, data, {"params": 0.5}, allocation="uniform", progress=False)
     dense = copy.deepcopy(model).eval()
     with torch.no_grad():
         for decomposition, index in zip(kept.values(), (2, 6, 9), strict=True):
