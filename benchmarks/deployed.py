@@ -42,6 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 RUNTIMES = ("onnxruntime", "openvino")
 SIZES = (32, 224)
 OURS = "slr_gpu"
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)  # points of accuracy, in the picture
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split("\n\n")[0])
 
@@ -251,11 +252,13 @@ def _plot(
                 record["latencies"][key(label, fraction)]["speedup"]["ratio"]
                 for fraction in fractions
             ]
-            drops = [quality[label, fraction]["drop"] for fraction in fractions]
+            drops = [max(quality[label, fraction]["drop"], TICKS[0]) for fraction in fractions]
             axis.plot(gains, drops, "o-", label=label)
         axis.set_title(f"{pixels}x{pixels}, {runtime}, {threads} thread(s)", fontsize=9)
         axis.set_xlabel("speed-up over dense")
-        axis.set_yscale("symlog", linthresh=0.5)
+        axis.set_yscale("log")
+        axis.set_yticks(TICKS, map(str, TICKS))
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy lost, points")
     axes[0].legend(frameon=False, fontsize=8)
