@@ -351,7 +351,7 @@ def _wanted(reader: nn.Module) -> tuple[list[int], list[int]]:
         kept = sorted({column // math.prod(reader.kernel_size) for column in reader.kept})
     else:
         return [], every
-    return kept, [i for i in every if i not in set(kept)] if reader.rank else []
+    return kept, sorted(set(every).difference(kept)) if reader.rank else []
 
 
 def _reorder(module: nn.Module, order: Tensor) -> None:
