@@ -53,18 +53,23 @@ def choose_loss(name: str, output: Any) -> str:
     return name
 
 
-def output_loss(loss: str, wanted: Any, got: Any) -> tuple[Tensor, Tensor]:
+def output_loss(
+    loss: str, wanted: Any, got: Any, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """A sum over the batch and what to divide it by; differentiable in `got`.
 
     Parameters
     ----------
     loss : {"kl", "mse"}
     wanted, got : what the original and the changed model return
+    temperature : float
+        Scores are divided by it before `kl`, which is multiplied by its square so that gradients
+        keep their size (Hinton, Vinyals and Dean 2015, section 2). `mse` does not use it.
     """
     wanted, got = tensors_of(wanted), tensors_of(got)
     if loss == "kl":
-        log_p, log_q = (t[0].double().log_softmax(1) for t in (wanted, got))
-        total = (log_p.exp() * (log_p - log_q)).sum()
+        log_p, log_q = ((t[0].double() / temperature).log_softmax(1) for t in (wanted, got))
+        total = temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
         return total, torch.tensor(float(len(log_p)), dtype=torch.float64)
     total = sum((w - g).double().square().sum() for w, g in zip(wanted, got, strict=True))
     return total, sum(w.double().square().sum() for w in wanted)

@@ -42,6 +42,9 @@ class Refinement:
         Passes over the calibration data.
     rate : float
         Largest step of a tensor, as a fraction of its root mean square.
+    temperature : float
+        Of the training loss where it is `kl` (`slr_gpu.output_loss`); held-out samples are judged
+        at 1. Above 1 confident answers have something to teach too.
     copies : int
         Sets of inputs, each for every so many epochs: the samples as they are, then mixtures of
         them, where inputs are floating-point numbers. 1 is without mixtures.
@@ -49,9 +52,10 @@ class Refinement:
     seed : int
     """
 
-    epochs: int = 9
-    rate: float = 2e-3
-    copies: int = 3
+    epochs: int = 30
+    rate: float = 1e-3
+    temperature: float = 3.0
+    copies: int = 10
     batch_size: int = 50
     seed: int = 0
 
@@ -62,10 +66,14 @@ class Refinement:
                 raise InputError(
                     complain(f"{name}={value!r} of the refinement", f"an integer >= {lowest}", "")
                 )
-        if not isinstance(self.rate, numbers.Real) or not self.rate > 0:
-            raise InputError(
-                complain(f"rate={self.rate!r} of the refinement", "a number > 0", "2e-3 is usual.")
-            )
+        for name, usual in (("rate", "1e-3"), ("temperature", "3")):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not value > 0:
+                raise InputError(
+                    complain(
+                        f"{name}={value!r} of the refinement", "a number > 0", f"{usual} is usual."
+                    )
+                )
 
     @classmethod
     def of(cls, value: bool | Refinement) -> Refinement | None:
@@ -127,7 +135,9 @@ def refine_model(
         advance(first * len(batches))
         for epoch in range(first, settings.epochs):
             for number, (batch, target) in enumerate(batches.of_epoch(epoch)):
-                total, count = output_loss(loss, target, run_model(work, batch))
+                total, count = output_loss(
+                    loss, target, run_model(work, batch), settings.temperature
+                )
                 trainer.step(total / count, (epoch * len(batches) + number) / steps)
                 advance(1)
             trainer.note(judge())
