@@ -10,10 +10,11 @@ errors). Timings are kept in a folder by machine, runtime and threads.
 A layer alone finds its weights in the cache; in a large model they come from memory every time.
 So a whole model takes
 
-    T(x) = sum_l (t_l(x_l) + gamma w_l(x_l)) + beta,      w: weights,
+    T(x) = sum_l (alpha t_l(x_l) + gamma w_l(x_l)) + beta,      w: weights,
 
-with gamma and beta from two whole models, the dense one and a planned one with random weights,
-timed in turn before any layer is fitted.
+with alpha = 1 for dense layers. Gamma and beta come from two whole models timed in turn before any
+layer is fitted, the dense one and the one with the fewest FLOPs; alpha of compressed layers from
+the model that was planned (all with random weights).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import nnls
 from torch import nn
 
@@ -36,11 +38,13 @@ from .adapters import adapter_for
 from .analysis import Analysis, LayerAnalysis
 from .budget import LayerCost, fixed
 from .decomposition import Decomposition, Structure, grouping
+from .deploy import choose_graphs
 from .errors import BudgetError, InputError, complain
 from .fold import for_deployment
 from .graph import set_module
 from .plan import LayerPlan, Plan
 from .prepare import Prepared
+from .runtime import timing
 from .runtime.layer_timing import Case, check_runtime, time_layers
 from .runtime.measure import cpu_name
 from .storage import load_json, save_json
@@ -149,6 +153,33 @@ def _correct(analysis: Analysis, plan: Plan, ratio: float) -> None:
         layer.cost = _with_gamma(cost, gamma)
 
 
+def _scale(analysis: Analysis, plan: Plan, ratio: float) -> None:
+    """Multiply the seconds of compressed layers alone, so that those of a planned model are right.
+
+    Parameters
+    ----------
+    ratio : float
+        Measured seconds of the planned model over those of the dense one.
+    """
+    costs = [layer.cost for layer in analysis.layers]
+    structures = [layer.structure for layer in plan.layers]
+    predicted = fixed("latency", costs, analysis.totals)
+    alone = 0.0
+    for cost, structure in zip(costs, structures, strict=True):
+        seconds = cost.cost(structure, "latency")
+        predicted += seconds
+        if seconds < cost.dense("latency"):  # else it is deployed dense
+            alone += seconds - cost.seconds[-1] * cost.cost(structure, "params") / 1e6
+    if alone <= 0:
+        return
+    alpha = 1 + (ratio * analysis.totals["latency"] - predicted) / alone
+    alpha = min(max(alpha, 0.25), 4.0)
+    for layer in analysis.layers:
+        dense, *coefficients, gamma = layer.cost.seconds
+        scaled = [alpha * value for value in coefficients]
+        layer.cost = replace(layer.cost, seconds=(dense, *scaled, gamma))
+
+
 def _with_gamma(cost: LayerCost, gamma: float) -> LayerCost:
     """The same seconds alone, and others a million weights."""
     dense, *coefficients, before = cost.seconds
@@ -159,11 +190,23 @@ def _with_gamma(cost: LayerCost, gamma: float) -> LayerCost:
 def measured_latency(
     prepared: Prepared, model: nn.Module, target: LatencyTarget
 ) -> dict[str, float]:
-    """Seconds of the original and of a compressed model, timed in turn; and their ratio."""
+    """Seconds of the original and of a compressed model as `Result.export` would write it.
+
+    Timed in turn; and the median of their ratios.
+    """
     example = _single_input(prepared)
+    chosen = choose_graphs(
+        model,
+        torch.zeros(example),
+        runtime=target.runtime,
+        threads=target.threads,
+        time_limit_s=target.time_limit_s / 6,
+        progress=False,
+    )
+    graphs = {layer.name: layer.graph for layer in chosen}
     cases: dict[str, Case] = {
         "dense": (_deployable(prepared.original), example),
-        "compressed": (for_deployment(_deployable(model)), example),
+        "compressed": (for_deployment(_deployable(model), graphs), example),
     }
     timings = time_layers(
         cases,
@@ -171,6 +214,7 @@ def measured_latency(
         runtime=target.runtime,
         threads=target.threads,
         time_limit_s=target.time_limit_s / 2,
+        block_s=timing.BLOCK_S,
     )
     dense, compressed = timings.seconds["dense"], timings.seconds["compressed"]
     return {
@@ -199,7 +243,7 @@ def allocate_measured(
 ) -> tuple[Plan, dict[str, float]]:
     """A plan whose whole-model latency, measured, is within the budget.
 
-    Each try corrects the seconds of the layers, and the request, by what the last plan missed.
+    Each try corrects the seconds of the layers by what the last plan missed.
 
     Returns
     -------
@@ -222,15 +266,8 @@ def allocate_measured(
         ratio = measured["ratio"]
         if 0.96 * keep["latency"] <= ratio <= keep["latency"]:
             break
-        _correct(analysis, plan, ratio)
-        # What is still missed after the correction, which looks at sums, and a margin of 1 %.
-        costs = [layer.cost for layer in analysis.layers]
-        predicted = fixed("latency", costs, analysis.totals) + sum(
-            cost.cost(layer.structure, "latency")
-            for cost, layer in zip(costs, plan.layers, strict=True)
-        )
-        off = ratio * analysis.totals["latency"] / predicted
-        request["latency"] = min(1.0, 0.99 * keep["latency"] / off)
+        _scale(analysis, plan, ratio)
+        request["latency"] = 0.99 * keep["latency"]
     within = [pair for pair in found if pair[1]["ratio"] <= keep["latency"]]
     nearest = min(found, key=lambda pair: pair[1]["ratio"])
     plan, measured = max(within or [nearest], key=lambda pair: pair[1]["ratio"])

@@ -42,6 +42,7 @@ def time_layers(
     threads: int = 1,
     precision: float = 0.03,
     time_limit_s: float = 30.0,
+    block_s: float = BLOCK_S,
     seed: int = 0,
     advance: Callable[..., None] | None = None,
 ) -> Timings:
@@ -56,7 +57,7 @@ def time_layers(
     runtime : str
         Of `slr_gpu.runtime.sessions.RUNTIMES`.
     threads : int
-    precision, time_limit_s, seed, advance
+    precision, time_limit_s, block_s, seed, advance
         See `interleave`.
 
     Returns
@@ -87,7 +88,7 @@ def time_layers(
                 ratios,
                 precision=precision,
                 time_limit_s=time_limit_s,
-                block_s=BLOCK_S,
+                block_s=block_s,
                 seed=seed,
                 advance=advance,
             )
