@@ -6,6 +6,10 @@ every layer so that
 
     sum_l loss_l(error_l(x_l))  is least,  with  sum_l cost_l(x_l) <= budget  for every resource.
 
+Of all choices whose sum is within 3 % of the least, the one of the least work is taken
+(`LayerCost.work`), since runtimes also spend time on reading and writing the maps between the parts
+of a layer; not for a latency budget, which has that in its costs.
+
 For `response` the loss is the error of the layer's response itself. For `output` it is
 sqrt(error * effect), where the effect on the model's output is a power law between the measured
 points (straight lines in logarithms). Effects are measured with one layer compressed at a time, so
@@ -32,6 +36,8 @@ from .tradeoff import Point
 
 ANALYSIS_SCHEMA = 1
 ALLOCATIONS = ("uniform", "pca_energy", "response", "output")
+# What a plan's loss may exceed the least by, for a plan of less work: no prediction is closer.
+TOLERANCE = 0.03
 # Exponents of the power laws outside the measured points, and the least loss that counts as one.
 SLOPES = (0.5, 2.0)
 LEAST_LOSS = 1e-9
@@ -218,11 +224,10 @@ class Analysis:
         }
         check_reachable(keep, costs, self.totals, smallest)
         left = remaining(keep, costs, self.totals)
-        chosen = choose(
-            [option.losses for option in options],
-            [option.costs for option in options],
-            np.array([left[name] for name in resources]),
-        )
+        limits = np.array([left[name] for name in resources])
+        chosen = choose([o.losses for o in options], [o.costs for o in options], limits)
+        if chosen is not None and "latency" not in keep:
+            chosen = _plainer(options, limits, chosen)
         if chosen is None:
             raise InputError(
                 complain(
@@ -261,13 +266,10 @@ class Analysis:
         losses = errors
         if allocation == "output":
             losses = np.sqrt(errors * predicted_effect(layer.effects, errors))
-        costs = np.array(
-            [
-                [layer.cost.cost(None if p is None else p.structure, name) for name in resources]
-                for p in points
-            ]
-        )
-        kept = undominated(losses, costs)
+        structures = [None if point is None else point.structure for point in points]
+        costs = np.array([[layer.cost.cost(s, name) for name in resources] for s in structures])
+        work = np.array([layer.cost.work(structure) for structure in structures])
+        kept = undominated(losses, np.column_stack([costs, work]))
         if layer.cost.name in self.overrides:
             fraction = self.overrides[layer.cost.name]
             limit = np.array([fraction * layer.cost.dense(name) for name in resources])
@@ -281,7 +283,7 @@ class Analysis:
                     )
                 )
             kept = np.array([min(fitting, key=lambda i: losses[i])])
-        return _Options([points[i] for i in kept], losses[kept], costs[kept])
+        return _Options([points[i] for i in kept], losses[kept], costs[kept], work[kept])
 
     # -- on disk ---------------------------------------------------------------------------------
 
@@ -338,6 +340,15 @@ class _Options:
     points: list[Point | None]  # None for dense
     losses: np.ndarray
     costs: np.ndarray
+    work: np.ndarray
+
+
+def _plainer(options: list[_Options], limits: np.ndarray, chosen: list[int]) -> list[int]:
+    """A choice of less work whose loss is nearly that of the chosen one, within the limits."""
+    loss = sum(o.losses[index] for o, index in zip(options, chosen, strict=True))
+    costs = [np.column_stack([o.costs, o.losses]) for o in options]
+    limits = np.append(limits, (1 + TOLERANCE) * loss)
+    return choose([o.work for o in options], costs, limits, start=chosen)
 
 
 def check_allocation(name: str) -> str:

@@ -21,6 +21,10 @@ from .errors import BudgetError, InputError, complain
 from .layer_budget import LayerBudget, Limit
 
 RESOURCES = ("params", "flops", "latency")
+# Reading or writing one value of a map takes a core as long as so many multiply-adds: 80e9 of these
+# a second in the runtimes' convolutions, 2.5e9 values a second in their 1x1 convolutions, additions
+# and poolings (measured on an AVX-512 core, maps beyond the caches).
+MULTIPLY_ADDS_A_VALUE = 32
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,24 @@ class LayerCost:
         parts = tuple(self.groups * part / 1e6 for part in parts)
         weights = self.cost(structure, "params") / 1e6
         return (*parts, float(s > 0 and k > 0), 1.0, weights)
+
+    def work(self, structure: Structure | None) -> float:
+        """Multiply-adds per sample, and what it costs to read and write maps, in multiply-adds."""
+        inputs, outputs = self.channels * self.input_positions, self.n * self.output_positions
+        moved = inputs + outputs
+        if structure is not None:
+            r, s, k = structure.r, structure.s, structure.k
+            read = self.channels if r is None else r
+            moved = 0 if r is None else inputs + r * self.input_positions
+            # V and A read what they need of the basis' output; U writes, A adds to that.
+            if k:
+                moved += (read - (s if r is not None else 0)) * self.input_positions
+                moved += 2 * k * self.output_positions + outputs
+            if s:
+                whole = structure.form == "columns"
+                moved += (read if whole else s) * self.input_positions
+                moved += (2 if k else 1) * outputs
+        return self.cost(structure, "flops") + MULTIPLY_ADDS_A_VALUE * self.groups * moved
 
     def _measured(self) -> tuple[float, ...]:
         if not self.seconds:

@@ -6,24 +6,26 @@ the multiple-choice knapsack
     minimise  sum_l loss[l][x_l]   subject to   sum_l cost[l][x_l] <= limit   (for every resource).
 
 Its linear relaxation (Sinha and Zoltners 1979) splits at most as many layers as there are
-resources. Those are then chosen exactly, all combinations of their options tried, and what is left
-of the limits is spent by the best exchanges of single options.
+resources. Those, and the layers for which it nearly chose otherwise, are chosen exactly among their
+options of small reduced cost (the "core" of Balas and Zemel 1980), and what is left of the limits
+is spent by the best exchanges of single options.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import block_diag, csr_matrix, vstack
 
-# Split layers are tried in all combinations of so many options each, those near the limits.
-COMBINED = 60
+# Layers and options of each that are tried in all combinations.
+CORE = (4, 24)
 
 
 def choose(
-    losses: list[np.ndarray], costs: list[np.ndarray], limits: np.ndarray
+    losses: list[np.ndarray],
+    costs: list[np.ndarray],
+    limits: np.ndarray,
+    start: list[int] | None = None,
 ) -> list[int] | None:
     """The option of each layer.
 
@@ -32,6 +34,8 @@ def choose(
     losses : list of array, (options,)
     costs : list of array, (options, resources)
     limits : array, (resources,)
+    start : list of int, optional
+        A choice within the limits: what is returned is no worse.
 
     Returns
     -------
@@ -57,47 +61,57 @@ def choose(
     )
     if relaxed.status != 0:
         return None
+    prices = -relaxed.ineqlin.marginals
+    reduced = [loss / scale + cost @ prices for loss, cost in zip(losses, costs, strict=True)]
     shares = np.split(relaxed.x, np.cumsum(sizes)[:-1])
     chosen = [int(np.argmax(share)) for share in shares]
     split = [layer for layer, share in enumerate(shares) if share.max() < 1 - 1e-9]
-    chosen = _round(losses, costs, limits, chosen, split)
-    return None if chosen is None else _exchange(losses, costs, limits, chosen)
+    starts = [_round(losses, costs, limits, reduced, chosen, split), start]
+    found = [_exchange(losses, costs, limits, list(first)) for first in starts if first is not None]
+    return min(found, key=lambda options: _total(losses, options), default=None)
+
+
+def _total(losses: list[np.ndarray], chosen: list[int]) -> float:
+    return sum(float(loss[option]) for loss, option in zip(losses, chosen, strict=True))
 
 
 def _round(
     losses: list[np.ndarray],
     costs: list[np.ndarray],
     limits: np.ndarray,
+    reduced: list[np.ndarray],
     chosen: list[int],
     split: list[int],
 ) -> list[int] | None:
-    """The best options of the split layers beside the chosen ones of the others."""
-    spent = sum(
-        (costs[layer][chosen[layer]] for layer in range(len(chosen)) if layer not in split),
+    """The best options of the core's layers beside the chosen ones of the others."""
+    layers, options = CORE
+    # How far each layer is from another choice; split layers are at it.
+    doubt = {
+        layer: float(np.partition(values, 1)[1] - values.min())
+        for layer, values in enumerate(reduced)
+        if len(values) > 1 and layer not in split
+    }
+    core = split + sorted(doubt, key=doubt.__getitem__)[: max(0, layers - len(split))]
+    total = sum(
+        (costs[layer][chosen[layer]] for layer in range(len(chosen)) if layer not in core),
         np.zeros_like(limits),
-    )
-    best, best_loss = None, np.inf
-    thinned = [_thinned(losses[layer], costs[layer]) for layer in split]
-    for combination in itertools.product(*thinned):
-        total, loss = spent.copy(), 0.0
-        for layer, option in zip(split, combination, strict=True):
-            total += costs[layer][option]
-            loss += losses[layer][option]
-        if loss < best_loss and np.all(total <= limits * (1 + 1e-12)):
-            best, best_loss = combination, loss
-    if best is None:
+    )[None]
+    loss, picks = np.zeros(1), np.zeros((1, 0), dtype=int)
+    for layer in core:
+        near = np.argsort(reduced[layer], kind="stable")[:options]
+        near = np.union1d(near, [np.argmin(costs[layer].sum(axis=1))])
+        total = (total[:, None] + costs[layer][near]).reshape(-1, len(limits))
+        loss = (loss[:, None] + losses[layer][near]).reshape(-1)
+        picks = np.concatenate(
+            [np.repeat(picks, len(near), axis=0), np.tile(near, len(picks))[:, None]], axis=1
+        )
+        fits = np.all(total <= limits * (1 + 1e-12), axis=1)
+        total, loss, picks = total[fits], loss[fits], picks[fits]
+    if not len(loss):
         return _cheapest(costs, limits)
-    for layer, option in zip(split, best, strict=True):
-        chosen[layer] = option
+    for layer, option in zip(core, picks[np.argmin(loss)], strict=True):
+        chosen[layer] = int(option)
     return chosen
-
-
-def _thinned(losses: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """At most `COMBINED` options, spread over the costs, the cheapest among them."""
-    order = np.argsort(costs.sum(axis=1), kind="stable")
-    if len(order) <= COMBINED:
-        return order
-    return order[np.linspace(0, len(order) - 1, COMBINED).round().astype(int)]
 
 
 def _cheapest(costs: list[np.ndarray], limits: np.ndarray) -> list[int] | None:
