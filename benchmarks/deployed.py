@@ -72,7 +72,7 @@ class PaperColumns(slr_gpu.Majorize):
         s = int(0.65 * budget.weights / problem.n)
         s -= s % budget.unit("columns")
         structure = slr_gpu.Structure("columns", s, budget.largest_rank("columns", s))
-        return [Candidate(structure, 0.0, problem, search.grow(s, structure.k, steps=1))]
+        return [Candidate(structure, 0.0, problem, search.grow(s, structure.k, steps=1).columns)]
 
 
 UNIFORM = f"{OURS}, uniform"

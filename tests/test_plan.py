@@ -15,8 +15,11 @@ from typer.testing import CliRunner
 
 import slr_gpu
 from slr_gpu.analysis import predicted_effect
+from slr_gpu.budget import MULTIPLY_ADDS_A_VALUE, LayerCost
 from slr_gpu.capture import Frontier, as_batches
 from slr_gpu.cli import app
+from slr_gpu.fold import for_deployment
+from slr_gpu.latency import _module
 from slr_gpu.output_loss import mean_loss
 from slr_gpu.plan import LayerPlan
 
@@ -185,6 +188,65 @@ def test_predicted_effects():
     # Measured noise (less error, more loss; nothing lost) leaves it monotone.
     noisy = [(0.1, 0.0), (0.01, 1e-4), (0.5, 5e-5)]
     assert np.all(np.diff(predicted_effect(noisy, grid)) >= 0)
+
+
+def traffic(layer, example):
+    """Values that the convolutions and linear layers of a deployed layer read and write."""
+    values = 0
+
+    def count(part, inputs, output):
+        nonlocal values
+        values += inputs[0].numel() + output.numel()
+
+    parts = [m for m in layer.modules() if type(m) in (nn.Conv2d, nn.Linear)]
+    handles = [part.register_forward_hook(count) for part in parts]
+    layer(example)
+    for handle in handles:
+        handle.remove()
+    return values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "structure",
+    [
+        slr_gpu.Structure("rotated", 8, 4, 14),
+        slr_gpu.Structure("rotated", 0, 4, 14),
+        slr_gpu.Structure("rotated", 14, 0, 14),
+        slr_gpu.Structure("columns", 0, 6),
+    ],
+    ids=str,
+)
+def test_work_counts_what_the_deployed_layer_does(structure):
+    dense = nn.Conv2d(20, 24, 3)
+    cost = LayerCost("", 24, 20, 9, 49, 81, (3, 3))
+    deployed = for_deployment(nn.Sequential(_module(dense, structure)), {"0": "split"}).eval()
+    moved = traffic(deployed, torch.zeros(1, 20, 9, 9))
+    if structure.r is not None and structure.s and structure.k:
+        moved -= 20 * 81  # the two halves of the basis read the same
+    if structure.s and structure.k:
+        moved += 24 * 49  # the sum reads what U wrote
+    expected = cost.cost(structure, "flops") + MULTIPLY_ADDS_A_VALUE * moved
+    assert cost.work(structure) == pytest.approx(expected)
+    assert cost.work(None) == 20 * 24 * 9 * 49 + MULTIPLY_ADDS_A_VALUE * (20 * 81 + 24 * 49)
+
+
+def test_of_plans_alike_the_one_of_less_work(analysis, monkeypatch):
+    def summed(plan):
+        costs = {layer.cost.name: layer.cost for layer in analysis.layers}
+        work = sum(costs[layer.name].work(layer.structure) for layer in plan.layers)
+        return work, sum(layer.loss for layer in plan.layers)
+
+    saved = []
+    for fraction in (0.25, 0.35, 0.5):
+        work, loss = summed(analysis.allocate({"flops": fraction}))
+        with monkeypatch.context() as patch:
+            patch.setattr("slr_gpu.analysis.TOLERANCE", 0.0)
+            least_work, least = summed(analysis.allocate({"flops": fraction}))
+        assert least * (1 - 1e-9) <= loss <= 1.08 * least * (1 + 1e-9)
+        assert work <= least_work
+        saved.append(1 - work / least_work)
+    assert max(saved) > 0.005
 
 
 def test_unreachable_budgets_name_the_smallest(model, data, analysis):
