@@ -3,7 +3,14 @@
 In: the compressed copy, the original and calibration batches. Out: the same copy with better
 factors, or as it was. Adam (Kingma and Ba 2015) on the loss of `slr_gpu.output_loss`, each
 tensor's step a fraction of its root mean square, so that factors of different scale move alike;
-the rate rises briefly and falls as half a cosine. Inputs are mixed in pairs,
+the rate rises briefly and falls as half a cosine. What the last layers read is to stay as well
+(Romero et al. 2015, "FitNets"): a thousand values a sample say more than ten scores do,
+
+    loss(y, y') / a_0 + 1/L sum_l ||h_l - h'_l||^2 / a_l,      h_l: inputs of layer l,
+
+where all a are what these terms are on held-out samples at first.
+
+Inputs are mixed in pairs,
 x = a x_i + (1 - a) x_j: the original answers for any input, so mixtures are further calibration
 data (Beyer et al. 2022, "a good teacher is patient and consistent"). The weights of the epoch
 with the least loss on held-out samples are kept, if it is less than before.
@@ -26,6 +33,7 @@ from torch import Tensor, nn
 from .capture import Batch, Named, full_precision, run_model
 from .checkpoint import Store
 from .errors import InputError, complain
+from .graph import hooks
 from .output_loss import choose_loss, mean_loss, output_loss
 from .prepare import Prepared
 from .progress import progress_bar
@@ -45,6 +53,8 @@ class Refinement:
     temperature : float
         Of the training loss where it is `kl` (`slr_gpu.output_loss`); held-out samples are judged
         at 1. Above 1 confident answers have something to teach too.
+    features : int
+        Inputs of so many layers, the last ones to run, are compared too.
     copies : int
         Sets of inputs, each for every so many epochs: the samples as they are, then mixtures of
         them, where inputs are floating-point numbers. 1 is without mixtures.
@@ -55,12 +65,18 @@ class Refinement:
     epochs: int = 30
     rate: float = 1e-3
     temperature: float = 3.0
+    features: int = 3
     copies: int = 10
     batch_size: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("epochs", 1), ("copies", 1), ("batch_size", 1)):
+        for name, lowest in (
+            ("epochs", 1),
+            ("features", 0),
+            ("copies", 1),
+            ("batch_size", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < lowest:
                 raise InputError(
@@ -122,23 +138,28 @@ def refine_model(
     loss = choose_loss(loss, wanted[0])
     parameters = [p for name in names for p in work.get_submodule(name).parameters()]
     trainer = _Trainer(parameters, settings)
-    batches = _Batches(original, fitted, settings)
+    ran = [name for name, site in prepared.sites.items() if site.calls]
+    late = ran[len(ran) - min(settings.features, len(ran)) :]
+    batches = _Batches(original, fitted, settings, late)
     steps = settings.epochs * len(batches)
 
     def judge() -> float:
         return mean_loss(loss, wanted, (run_model(work, batch) for batch in held))
 
     before = trainer.best = judge()
+    with torch.no_grad():
+        pairs = [[_run(model, batch, late) for model in (original, work)] for batch in held]
+        rows = [_terms(loss, *pair, settings.temperature) for pair in pairs]
+    first_terms = [float(sum(column)) / len(rows) for column in zip(*rows, strict=False)]
     first = 0 if store is None else trainer.load(store)
     bar = progress_bar("refining all layers", steps, show=progress)
     with bar as advance, full_precision(), _only_these_train(work, parameters):
         advance(first * len(batches))
         for epoch in range(first, settings.epochs):
             for number, (batch, target) in enumerate(batches.of_epoch(epoch)):
-                total, count = output_loss(
-                    loss, target, run_model(work, batch), settings.temperature
-                )
-                trainer.step(total / count, (epoch * len(batches) + number) / steps)
+                answer = _run(work, batch, late)
+                terms = _terms(loss, target, answer, settings.temperature)
+                trainer.step(_weighted(terms, first_terms), (epoch * len(batches) + number) / steps)
                 advance(1)
             trainer.note(judge())
             if store is not None:
@@ -152,6 +173,37 @@ def refine_model(
         "seconds": time.perf_counter() - began,
         **settings.as_dict(),
     }
+
+
+# What a model returned, and what some of its layers read.
+_Answer = tuple[Any, list[Tensor]]
+
+
+def _run(model: nn.Module, batch: Batch, late: list[str]) -> _Answer:
+    """Call a model; also the first inputs of these modules, in the order of their calls."""
+    read: list[Tensor] = []
+    with hooks() as handles:
+        for name in late:
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(lambda _, args: read.append(args[0])))
+        return run_model(model, batch), read
+
+
+def _terms(loss: str, wanted: _Answer, got: _Answer, temperature: float) -> list[Tensor]:
+    """How far outputs are from each other, then what late layers read."""
+    total, count = output_loss(loss, wanted[0], got[0], temperature)
+    terms = [total / count]
+    if len(wanted[1]) == len(got[1]):  # control flow may leave a layer out
+        for h, other in zip(wanted[1], got[1], strict=True):
+            terms.append((h - other).square().sum() / h.square().sum().clamp_min(1e-30))
+    return terms
+
+
+def _weighted(terms: list[Tensor], first: list[float]) -> Tensor:
+    """What is trained on: the first term and the mean of the others, relative to what they were."""
+    ratios = [term / max(value, 1e-30) for term, value in zip(terms, first, strict=False)]
+    rest = ratios[1:]
+    return ratios[0] + sum(rest) / max(len(rest), 1)
 
 
 @contextmanager
@@ -247,8 +299,15 @@ class _Batches:
     them. Samples are shuffled across batches where all have one shape; else batches are.
     """
 
-    def __init__(self, original: nn.Module, batches: list[Batch], settings: Refinement) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        batches: list[Batch],
+        settings: Refinement,
+        late: list[str] | None = None,
+    ) -> None:
         self.original, self.batches, self.settings = original, batches, settings
+        self.late = late or []
         shapes = {
             tuple(tuple(i.shape[1:]) if isinstance(i, Tensor) and i.ndim else None for i in batch)
             for batch in batches
@@ -259,7 +318,7 @@ class _Batches:
             self.joined = tuple(torch.cat(items) for items in zip(*batches, strict=True))
         mixes = all(isinstance(i, Tensor) and i.is_floating_point() for i in batches[0])
         self.copies = settings.copies if mixes and not named else 1
-        self._wanted: dict[tuple[int, int], Any] = {}
+        self._wanted: dict[tuple[int, int], _Answer] = {}
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -267,8 +326,8 @@ class _Batches:
             return len(self.batches)
         return max(1, len(self.joined[0]) // self.settings.batch_size)
 
-    def of_epoch(self, epoch: int) -> Iterator[tuple[Batch, Any]]:
-        """Batches of an epoch with the original's outputs; the same whenever they are asked for."""
+    def of_epoch(self, epoch: int) -> Iterator[tuple[Batch, _Answer]]:
+        """Batches of an epoch with the original's answers; the same whenever they are asked for."""
         copy = epoch % self.copies
         order = torch.randperm(len(self), generator=self._generator(self.copies + epoch))
         batches = self._of_copy(copy)
@@ -276,7 +335,7 @@ class _Batches:
             batch, key = batches[number], (copy, number)
             if key not in self._wanted:
                 with torch.no_grad():
-                    self._wanted[key] = run_model(self.original, batch)
+                    self._wanted[key] = _run(self.original, batch, self.late)
             yield batch, self._wanted[key]
 
     def _of_copy(self, copy: int) -> list[Batch]:

@@ -11,8 +11,8 @@ from torch import nn
 import slr_gpu
 from slr_gpu.capture import as_batches
 from slr_gpu.layer_io import LayerIO
-from slr_gpu.output_loss import choose_loss, mean_loss
-from slr_gpu.refine import _Batches
+from slr_gpu.output_loss import choose_loss, mean_loss, output_loss
+from slr_gpu.refine import _Batches, _run, _terms, _weighted
 from slr_gpu.sensitivity import held_out_batches
 
 
@@ -41,9 +41,9 @@ def test_held_out_loss_falls_and_so_does_that_on_new_samples(data, loss):
     model = network()
     new = nn.functional.interpolate(torch.randn(300, 2, 3, 3), scale_factor=2, mode="bilinear")
     run = {"allocation": "uniform", "loss": loss, "progress": False}
-    plain = slr_gpu.compress(model, data, {"flops": 0.3}, **run)
-    refine = slr_gpu.Refinement(epochs=6, rate=5e-3, batch_size=20)
-    refined = slr_gpu.compress(model, data, {"flops": 0.3}, refine=refine, **run)
+    plain = slr_gpu.compress(model, data, {"flops": 0.25}, **run)
+    refine = slr_gpu.Refinement(epochs=12, rate=3e-3, batch_size=20)
+    refined = slr_gpu.compress(model, data, {"flops": 0.25}, refine=refine, **run)
     facts = refined.report.refinement
     assert facts["loss"] == loss and facts["kept"] and facts["after"] < facts["before"]
     held = data[9::10]
@@ -118,7 +118,7 @@ def test_mixtures_are_between_two_samples_and_come_again():
     batches = _Batches(model, [(data[:25],), (data[25:],)], settings)
     plain = torch.cat([batch for (batch,), _ in batches.of_epoch(0)])
     assert torch.equal(plain.sort(0).values, data.sort(0).values)
-    mixed = [(batch, wanted) for (batch,), wanted in batches.of_epoch(1)]
+    mixed = [(batch, wanted) for (batch,), (wanted, _) in batches.of_epoch(1)]
     again = [batch for (batch,), _ in batches.of_epoch(3)]
     assert {tuple(x.flatten().tolist()) for x, _ in mixed} == {
         tuple(x.flatten().tolist()) for x in again
@@ -131,6 +131,29 @@ def test_mixtures_are_between_two_samples_and_come_again():
             gap = (through - torch.cdist(data, data)).fill_diagonal_(1).min()
             nearest = torch.cdist(data, x[None]).min()
             assert min(float(gap), float(nearest)) < 1e-4
+
+
+@torch.no_grad()
+def test_what_late_layers_read_is_compared(data):
+    model = network()
+    answers = [_run(model, (data[:7],), ["4", "7"]), _run(model, (data[7:14],), ["4", "7"])]
+    first, second = ([model[:4](x), model[:7](x)] for x in (data[:7], data[7:14]))
+    for (output, read), x, expected in zip(answers, (data[:7], data[7:14]), (first, second)):
+        torch.testing.assert_close(output, model(x))
+        torch.testing.assert_close(read, expected)
+    by_hand = sum(float(((a - b) ** 2).sum() / (a**2).sum()) for a, b in zip(first, second))
+    terms = [float(term) for term in _terms("mse", *answers, 1.0)]
+    assert terms[0] == pytest.approx(mean_loss("mse", [answers[0][0]], [answers[1][0]]))
+    assert sum(terms[1:]) == pytest.approx(by_hand, rel=1e-5)
+    assert float(_weighted(terms, terms)) == pytest.approx(2.0)
+    assert not model[4]._forward_pre_hooks
+
+
+def test_softened_scores():
+    wanted, got = torch.tensor([[4.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    p, q = torch.tensor([4 / 3, 0.0]).softmax(0), torch.tensor([2 / 3, 0.0]).softmax(0)
+    soft = output_loss("kl", wanted, got, 3.0)[0]
+    assert float(soft) == pytest.approx(9 * float((p * (p / q).log()).sum()), rel=1e-5)
 
 
 def test_outputs_compared_by_hand():
@@ -151,7 +174,13 @@ def test_outputs_compared_by_hand():
 
 @pytest.mark.parametrize(
     "settings,match",
-    [({"epochs": 0}, "epochs"), ({"rate": 0}, "rate"), ({"batch_size": 1.5}, "batch_size")],
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"features": -1}, "features"),
+        ({"temperature": 0}, "temperature"),
+        ({"rate": 0}, "rate"),
+        ({"batch_size": 1.5}, "batch_size"),
+    ],
 )
 def test_bad_settings(settings, match):
     with pytest.raises(slr_gpu.InputError, match=match):
