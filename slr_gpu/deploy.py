@@ -8,7 +8,6 @@ original did. Each is timed by itself at the shape of the layer's real input wit
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch import nn
 
 from .equivalence import as_arguments, resize
 from .export import flush_denormals
-from .fold import DENSE, decomposed_layers, for_deployment, graphs_of
+from .fold import DENSE, decomposed_layers, deployable, for_deployment, graphs_of
 from .graph import hooks
 from .progress import progress_bar
 from .runtime.layer_timing import Case, check_runtime, time_layers
@@ -98,7 +97,7 @@ def choose_graphs(
     """
     check_runtime(runtime)
     example = resize(as_arguments(inputs), 1)
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = deployable(model)
     layers = decomposed_layers(model)
     rounds = max((len(graphs_of(layer)) for layer in layers.values()), default=0)
     cases: dict[tuple[str, str], Case] = {}

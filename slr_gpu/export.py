@@ -15,7 +15,6 @@ and every ONNX Runtime from 1.14 and every OpenVINO from 2023 on reads it.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import io
 import linecache
@@ -43,7 +42,7 @@ from .equivalence import (
     runner_of,
 )
 from .errors import BackendError, InputError, ModelError, complain
-from .fold import for_deployment
+from .fold import deployable, for_deployment
 from .storage import write_atomically
 
 SUFFIXES = (".onnx", ".pt2")
@@ -116,7 +115,7 @@ def export_model(
     path = Path(path)
     check_target(path)
     arguments = as_arguments(inputs)
-    reference = copy.deepcopy(model).cpu().float().eval()
+    reference = deployable(model)
     expected = runner_of(reference)
     with torch.no_grad(), _quiet():
         deployed = flush_denormals(for_deployment(reference, graphs))

@@ -36,6 +36,11 @@ WIDEN = 16  # zeros may be this part of a linear layer's weights
 DENSE = "dense"
 
 
+def deployable(model: nn.Module) -> nn.Module:
+    """A copy of a model as it is deployed: on the CPU, in float32 and eval mode."""
+    return copy.deepcopy(model).cpu().float().eval()
+
+
 @torch.no_grad()
 def for_deployment(model: nn.Module, graphs: Mapping[str, str] | None = None) -> nn.Module:
     """A copy of a model in eval mode that computes the same with fewer and plainer operations.

@@ -40,7 +40,7 @@ from .budget import LayerCost, fixed
 from .decomposition import Decomposition, Structure, grouping
 from .deploy import choose_graphs
 from .errors import BudgetError, InputError, complain
-from .fold import for_deployment
+from .fold import deployable, for_deployment
 from .graph import set_module
 from .plan import LayerPlan, Plan
 from .prepare import Prepared
@@ -205,8 +205,8 @@ def measured_latency(
     )
     graphs = {layer.name: layer.graph for layer in chosen}
     cases: dict[str, Case] = {
-        "dense": (_deployable(prepared.original), example),
-        "compressed": (for_deployment(_deployable(model), graphs), example),
+        "dense": (deployable(prepared.original), example),
+        "compressed": (for_deployment(deployable(model), graphs), example),
     }
     timings = time_layers(
         cases,
@@ -288,10 +288,6 @@ def _single_input(prepared: Prepared) -> tuple[int, ...]:
     return tuple(batch[0].shape)
 
 
-def _deployable(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().float().eval()
-
-
 def _kind(prepared: Prepared, name: str) -> str:
     """Layers of one kind take equally long."""
     layer, site = prepared.original.get_submodule(name), prepared.sites[name]
@@ -307,7 +303,7 @@ def _timed(
         return load_json(path)
     layer = layers[0]
     name = layer.cost.name
-    dense = _deployable(prepared.original.get_submodule(name))
+    dense = deployable(prepared.original.get_submodule(name))
     shape = (1, *prepared.sites[name].input_shape[1:])
     cases: dict[str, Case] = {"dense": (dense, shape)}
     for structure in _spread(layer):
