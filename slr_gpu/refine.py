@@ -40,6 +40,11 @@ from .progress import progress_bar
 from .sensitivity import held_out_batches
 
 
+# Values a sample of an input that is compared, at most; and an error that is none.
+LARGEST_FEATURE = 2**14
+NOTHING = 1e-12
+
+
 @dataclass(frozen=True)
 class Refinement:
     """Settings of the joint refinement.
@@ -54,7 +59,8 @@ class Refinement:
         Of the training loss where it is `kl` (`slr_gpu.output_loss`); held-out samples are judged
         at 1. Above 1 confident answers have something to teach too.
     features : int
-        Inputs of so many layers, the last ones to run, are compared too.
+        Inputs of so many layers, the last ones to run, are compared too; not those of more than
+        16 384 values a sample, which say little more and would have to be kept.
     copies : int
         Sets of inputs, each for every so many epochs: the samples as they are, then mixtures of
         them, where inputs are floating-point numbers. 1 is without mixtures.
@@ -180,12 +186,16 @@ _Answer = tuple[Any, list[Tensor]]
 
 
 def _run(model: nn.Module, batch: Batch, late: list[str]) -> _Answer:
-    """Call a model; also the first inputs of these modules, in the order of their calls."""
+    """Call a model; also the small first inputs of these modules, in the order of their calls."""
     read: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and args[0].numel() <= LARGEST_FEATURE * len(args[0]):
+            read.append(args[0])
+
     with hooks() as handles:
         for name in late:
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(lambda _, args: read.append(args[0])))
+            handles.append(model.get_submodule(name).register_forward_pre_hook(note))
         return run_model(model, batch), read
 
 
@@ -195,15 +205,16 @@ def _terms(loss: str, wanted: _Answer, got: _Answer, temperature: float) -> list
     terms = [total / count]
     if len(wanted[1]) == len(got[1]):  # control flow may leave a layer out
         for h, other in zip(wanted[1], got[1], strict=True):
+            h, other = h.double(), other.double()
             terms.append((h - other).square().sum() / h.square().sum().clamp_min(1e-30))
     return terms
 
 
 def _weighted(terms: list[Tensor], first: list[float]) -> Tensor:
     """What is trained on: the first term and the mean of the others, relative to what they were."""
-    ratios = [term / max(value, 1e-30) for term, value in zip(terms, first, strict=False)]
-    rest = ratios[1:]
-    return ratios[0] + sum(rest) / max(len(rest), 1)
+    # What was the same but for rounding stays so: nothing in front of that layer is trained.
+    rest = [t / was for t, was in zip(terms[1:], first[1:], strict=False) if was > NOTHING]
+    return terms[0] / max(first[0], NOTHING) + sum(rest) / max(len(rest), 1)
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def test_mixtures_are_between_two_samples_and_come_again():
 
 
 @torch.no_grad()
-def test_what_late_layers_read_is_compared(data):
+def test_what_late_layers_read_is_compared(data, monkeypatch):
     model = network()
     answers = [_run(model, (data[:7],), ["4", "7"]), _run(model, (data[7:14],), ["4", "7"])]
     first, second = ([model[:4](x), model[:7](x)] for x in (data[:7], data[7:14]))
@@ -146,6 +146,10 @@ def test_what_late_layers_read_is_compared(data):
     assert terms[0] == pytest.approx(mean_loss("mse", [answers[0][0]], [answers[1][0]]))
     assert sum(terms[1:]) == pytest.approx(by_hand, rel=1e-5)
     assert float(_weighted(terms, terms)) == pytest.approx(2.0)
+    # What nothing trained is in front of has no weight, however small its rounding was.
+    assert float(_weighted(terms, [terms[0], 1e-16, terms[2]])) == pytest.approx(2.0)
+    monkeypatch.setattr("slr_gpu.refine.LARGEST_FEATURE", 108)
+    assert [h.shape[1:] for h in _run(model, (data[:7],), ["4", "7"])[1]] == [(108,)]
     assert not model[4]._forward_pre_hooks
 
 
