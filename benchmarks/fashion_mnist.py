@@ -84,7 +84,7 @@ def main(
 ) -> None:
     """Compress at several budgets and print what it costs in accuracy."""
     torch.set_num_threads(threads)
-    console = Console()
+    console = Console(width=140)
     budgets = [_budget(text) for text in keep]
     train_images, _, test, labels = fashion_mnist(data)
     inputs, labels = to_inputs(test[:test_images]), labels[:test_images]
