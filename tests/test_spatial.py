@@ -262,8 +262,9 @@ def test_compress_end_to_end(solver, tmp_path):
     assert rows["2"].structure.startswith("spatial") and rows["6"].structure.startswith("spatial")
     assert rows["4"].structure.startswith("columns")  # a 1x1 kernel has nothing to split
     assert result.report.flops_kept == count_flops(result.model, (data[:1],))[0]
-    for resource, fraction in keep.items():
-        assert 0.6 * fraction < result.report.achieved[resource] <= fraction
+    used = {name: result.report.achieved[name] / fraction for name, fraction in keep.items()}
+    # One budget is spent; the other cannot be as well.
+    assert 0.8 < max(used.values()) <= 1, used
     assert all(0 <= row.error < 0.6 for row in rows.values())
     result.save(tmp_path / "out")
     loaded = slr_gpu.load(tmp_path / "out", network)
