@@ -2,7 +2,8 @@
 
 In: a checkpoint (made by `benchmarks.train_fashion_mnist`) and the data set. Out: for each budget
 and allocation the test accuracy before and after, agreement, KL divergence, measured latency where
-that is the budget (ONNX Runtime, one thread, batch of one), wall time, peak memory, as a table and as JSON. Test images are used for nothing else.
+that is the budget (ONNX Runtime, one thread, batch of one), wall time, peak memory, as a table and
+as JSON. Test images are used for nothing else.
 """
 
 from __future__ import annotations

@@ -36,8 +36,7 @@ from .tradeoff import Point
 
 ANALYSIS_SCHEMA = 1
 ALLOCATIONS = ("uniform", "pca_energy", "response", "output")
-# What a plan's loss may exceed the least by, for a plan of less work: predictions
-# are no closer.
+# What a plan's loss may exceed the least by, for a plan of less work: predictions are no closer.
 TOLERANCE = 0.08
 # Exponents of the power laws outside the measured points, and the least loss that counts as one.
 SLOPES = (0.5, 2.0)

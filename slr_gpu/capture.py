@@ -68,17 +68,22 @@ def first_tensor(batch: Batch) -> Tensor:
 
 
 def first_samples(batch: Batch, count: int) -> Batch:
-    """The arguments for the first samples of a batch.
+    """The arguments for the first samples of a batch."""
+    return of_samples(lambda tensor: tensor[:count], batch)
+
+
+def of_samples(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """A batch with a function applied to each tensor that has an entry a sample.
 
     What is no tensor, or not as long as the batch (a mask between positions), stays as it is.
     """
     size = len(first_tensor(batch))
 
-    def cut(item: Any) -> Any:
+    def applied(item: Any) -> Any:
         samples = isinstance(item, Tensor) and item.ndim and len(item) == size
-        return item[:count] if samples else item
+        return function(item) if samples else item
 
-    return mapped(cut, batch)
+    return mapped(applied, batch)
 
 
 def as_batches(data: Any, model: nn.Module, batch_size: int) -> list[Batch]:
@@ -303,7 +308,8 @@ class References:
         return Counter(use.batch for use in self.uses[name])
 
 
-def _first_input(args: tuple, kwargs: dict) -> Tensor:
+def first_input(args: tuple, kwargs: dict) -> Tensor:
+    """What a layer is called with, by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
@@ -362,7 +368,7 @@ def record_references(
         adapter = adapter_for(layer)
 
         def hook(module, args, kwargs, output):
-            x = adapter.batched(layer, _first_input(args, kwargs))
+            x = adapter.batched(layer, first_input(args, kwargs))
             y = adapter.batched(layer, output)
             use = Use(number, len(y), adapter.positions(layer, y), tuple(x.shape))
             call = sum(other.batch == number for other in uses[site.name])
@@ -492,7 +498,7 @@ class Frontier:
                 for index in range(begin, target):
                     self._run(interpreter, index)
             node = self._nodes[target]
-            yield number, interpreter.env[_first_input(node.args, node.kwargs)]
+            yield number, interpreter.env[first_input(node.args, node.kwargs)]
 
     def outputs(self, name: str, module: nn.Module) -> Iterator[Any]:
         """What the model returns for every batch with a module in the place of a layer.
@@ -513,7 +519,7 @@ class Frontier:
                 set_module(self.model, name, layer)
             return
         node = self._nodes[self._position]
-        source = _first_input(node.args, node.kwargs)
+        source = first_input(node.args, node.kwargs)
         for interpreter in self._interpreters:
             kept = interpreter.env
             # Copies: what follows may write in place, and the batch goes on from here later.
@@ -542,7 +548,7 @@ class Frontier:
 
             def catch(module, args, kwargs, caught=caught, wanted=wanted):
                 # Taken now: an in-place operation may write over it before the last call.
-                x = _first_input(args, kwargs)
+                x = first_input(args, kwargs)
                 caught.append(x.clone() if wanted > 1 else x)
                 if len(caught) == wanted:
                     raise _Reached

@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from .capture import first_input
 from .equivalence import as_arguments, resize
 from .export import flush_denormals
 from .fold import DENSE, decomposed_layers, deployable, for_deployment, graphs_of
@@ -160,10 +161,11 @@ def _input_shapes(
     with hooks() as handles, torch.no_grad():
         for name in names:
 
-            def note(module, inputs, name=name):
-                shapes.setdefault(name, tuple(inputs[0].shape))
+            def note(module, args, kwargs, name=name):
+                shapes.setdefault(name, tuple(first_input(args, kwargs).shape))
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(note))
+            layer = model.get_submodule(name)
+            handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
         model(*example)
     return shapes
 

@@ -36,7 +36,7 @@ from torch import nn
 
 from .adapters import adapter_for
 from .analysis import Analysis, LayerAnalysis
-from .budget import LayerCost, fixed
+from .budget import fixed
 from .decomposition import Decomposition, Structure, grouping
 from .deploy import choose_graphs
 from .errors import BudgetError, InputError, complain
@@ -138,19 +138,19 @@ def _correct(analysis: Analysis, plan: Plan, ratio: float) -> None:
     ratio : float
         Measured seconds of the planned model over those of the dense one.
     """
-    alone = [_with_gamma(layer.cost, 0.0) for layer in analysis.layers]
-    planned = [layer.structure for layer in plan.layers]
+    planned = [
+        (layer.cost, item.structure)
+        for layer, item in zip(analysis.layers, plan.layers, strict=True)
+    ]
     missing = (1 - ratio) * analysis.totals["latency"] - sum(
-        cost.cost(None, "latency") - cost.cost(structure, "latency")
-        for cost, structure in zip(alone, planned, strict=True)
+        cost.cost(None, "latency") - cost.cost(structure, "latency") for cost, structure in planned
     )
-    weights = sum(
-        cost.weights - cost.cost(structure, "params")
-        for cost, structure in zip(alone, planned, strict=True)
-    )
+    weights = sum(cost.weights - cost.cost(structure, "params") for cost, structure in planned)
     gamma = max(missing, 0.0) / max(weights / 1e6, 1e-12)
-    for layer, cost in zip(analysis.layers, alone, strict=True):
-        layer.cost = _with_gamma(cost, gamma)
+    for layer in analysis.layers:
+        dense, *coefficients, _ = layer.cost.seconds  # alone: without gamma
+        dense += gamma * layer.cost.weights / 1e6
+        layer.cost = replace(layer.cost, seconds=(dense, *coefficients, gamma))
 
 
 def _scale(analysis: Analysis, plan: Plan, ratio: float) -> None:
@@ -178,13 +178,6 @@ def _scale(analysis: Analysis, plan: Plan, ratio: float) -> None:
         dense, *coefficients, gamma = layer.cost.seconds
         scaled = [alpha * value for value in coefficients]
         layer.cost = replace(layer.cost, seconds=(dense, *scaled, gamma))
-
-
-def _with_gamma(cost: LayerCost, gamma: float) -> LayerCost:
-    """The same seconds alone, and others a million weights."""
-    dense, *coefficients, before = cost.seconds
-    dense += (gamma - before) * cost.weights / 1e6
-    return replace(cost, seconds=(dense, *coefficients, gamma))
 
 
 def measured_latency(

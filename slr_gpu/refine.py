@@ -10,10 +10,9 @@ the rate rises briefly and falls as half a cosine. What the last layers read is 
 
 where all a are what these terms are on held-out samples at first.
 
-Inputs are mixed in pairs,
-x = a x_i + (1 - a) x_j: the original answers for any input, so mixtures are further calibration
-data (Beyer et al. 2022, "a good teacher is patient and consistent"). The weights of the epoch
-with the least loss on held-out samples are kept, if it is less than before.
+Inputs are mixed in pairs, x = a x_i + (1 - a) x_j: the original answers for any input, so mixtures
+are further calibration data (Beyer et al. 2022, "a good teacher is patient and consistent"). The
+weights of the epoch with the least loss on held-out samples are kept, if it is less than before.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import Batch, Named, full_precision, run_model
+from .capture import Batch, Named, first_input, full_precision, run_model
 from .checkpoint import Store
 from .errors import InputError, complain
 from .graph import hooks
@@ -38,7 +37,6 @@ from .output_loss import choose_loss, mean_loss, output_loss
 from .prepare import Prepared
 from .progress import progress_bar
 from .sensitivity import held_out_batches
-
 
 # Values a sample of an input that is compared, at most; and an error that is none.
 LARGEST_FEATURE = 2**14
@@ -139,24 +137,24 @@ def refine_model(
     began = time.perf_counter()
     work, original = prepared.work, prepared.original
     fitted, held = held_out_batches(prepared.batches, prepared.settings.held_out)
+    ran = [name for name, site in prepared.sites.items() if site.calls]
+    late = ran[max(0, len(ran) - settings.features) :]
     with torch.no_grad():
-        wanted = [run_model(original, batch) for batch in held]
-    loss = choose_loss(loss, wanted[0])
+        wanted, got = ([_run(model, batch, late) for batch in held] for model in (original, work))
+        loss = choose_loss(loss, wanted[0][0])
+        pairs = zip(wanted, got, strict=True)
+        rows = [_terms(loss, *pair, settings.temperature) for pair in pairs]
+    first_terms = [float(sum(column)) / len(rows) for column in zip(*rows, strict=False)]
+    outputs = [output for output, _ in wanted]
     parameters = [p for name in names for p in work.get_submodule(name).parameters()]
     trainer = _Trainer(parameters, settings)
-    ran = [name for name, site in prepared.sites.items() if site.calls]
-    late = ran[len(ran) - min(settings.features, len(ran)) :]
     batches = _Batches(original, fitted, settings, late)
     steps = settings.epochs * len(batches)
 
     def judge() -> float:
-        return mean_loss(loss, wanted, (run_model(work, batch) for batch in held))
+        return mean_loss(loss, outputs, (run_model(work, batch) for batch in held))
 
-    before = trainer.best = judge()
-    with torch.no_grad():
-        pairs = [[_run(model, batch, late) for model in (original, work)] for batch in held]
-        rows = [_terms(loss, *pair, settings.temperature) for pair in pairs]
-    first_terms = [float(sum(column)) / len(rows) for column in zip(*rows, strict=False)]
+    before = trainer.best = mean_loss(loss, outputs, (output for output, _ in got))
     first = 0 if store is None else trainer.load(store)
     bar = progress_bar("refining all layers", steps, show=progress)
     with bar as advance, full_precision(), _only_these_train(work, parameters):
@@ -189,13 +187,15 @@ def _run(model: nn.Module, batch: Batch, late: list[str]) -> _Answer:
     """Call a model; also the small first inputs of these modules, in the order of their calls."""
     read: list[Tensor] = []
 
-    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and args[0].numel() <= LARGEST_FEATURE * len(args[0]):
-            read.append(args[0])
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_input(args, kwargs)
+        if x.numel() <= LARGEST_FEATURE * len(x):
+            read.append(x)
 
     with hooks() as handles:
         for name in late:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(note))
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
         return run_model(model, batch), read
 
 

@@ -17,7 +17,16 @@ import torch
 from torch import nn
 
 from .analysis import Analysis, LayerAnalysis, check_allocation
-from .capture import Batch, Frontier, first_tensor, full_precision, layer_parts, mapped, run_model
+from .capture import (
+    Batch,
+    Frontier,
+    first_tensor,
+    full_precision,
+    layer_parts,
+    of_samples,
+    response_energies,
+    run_model,
+)
 from .checkpoint import Store, fingerprint
 from .errors import InputError, complain
 from .graph import set_module
@@ -173,9 +182,11 @@ def _measure(
     def affordable(structure) -> bool:
         return any(layer.cost.cost(structure, r) < layer.cost.dense(r) for r in resources)
 
-    for form in (prepared.form(name), "columns"):  # narrow layers: no basis is affordable
+    energies = response_energies(references, site, layer.cost.groups)
+    # Narrow layers: no basis is affordable.
+    for form in dict.fromkeys((prepared.form(name), "columns")):
         tradeoffs = [TradeOff(problem, form, settings.multiple) for problem in problems]
-        points = _mean_points([tradeoff.points(affordable) for tradeoff in tradeoffs], problems)
+        points = _mean_points([tradeoff.points(affordable) for tradeoff in tradeoffs], energies)
         if points:
             break
     costs = np.array([[layer.cost.cost(p.structure, r) for r in resources] for p in points])
@@ -190,11 +201,10 @@ def _measure(
             layer.effects.append((point.error, judge(name, replaced)))
 
 
-def _mean_points(points: list[list[Point]], problems: list[ResponseProblem]) -> list[Point]:
+def _mean_points(points: list[list[Point]], energies: list[float]) -> list[Point]:
     """Points of a layer from those of its groups, whose grids are one: mean errors by energy."""
     if len(points) == 1 or not points[0]:
         return points[0]
-    energies = [float((problem.layer_io.targets**2).sum()) + 1e-30 for problem in problems]
     errors = [[point.error for point in group] for group in points]
     errors = np.average(errors, axis=0, weights=energies)
     return [Point(p.structure, float(e)) for p, e in zip(points[0], errors, strict=True)]
@@ -277,16 +287,8 @@ def held_out_batches(batches: list[Batch], held_out: float) -> tuple[list[Batch]
         start += size
         for target, mask in ((fitted, ~chosen), (held, chosen)):
             if mask.any():
-                target.append(_rows(batch, mask))
+                target.append(of_samples(lambda t, m=mask: t[m.to(t.device)], batch))
     return fitted, held
-
-
-def _rows(batch: Batch, mask: torch.Tensor) -> Batch:
-    def chosen(item: Any) -> Any:
-        samples = isinstance(item, torch.Tensor) and item.ndim and len(item) == len(mask)
-        return item[mask.to(item.device)] if samples else item
-
-    return mapped(chosen, batch)
 
 
 def _first(batches: list[Batch], samples: int) -> list[Batch]:

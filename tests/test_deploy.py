@@ -15,10 +15,11 @@ from torch import nn
 import slr_gpu
 from slr_gpu import deploy
 from slr_gpu.adapters import adapter_for
-from slr_gpu.deploy import choose_graphs
+from slr_gpu.deploy import _input_shapes, choose_graphs
 from slr_gpu.export import modules_to_onnx
 from slr_gpu.fold import DENSE, decomposed_layers, for_deployment, graphs_of, multiplied_out
 from slr_gpu.layers import SLRLinear
+from slr_gpu.refine import _run
 from slr_gpu.runtime.layer_timing import time_layers
 from slr_gpu.runtime.timing import Timings
 
@@ -265,3 +266,19 @@ def test_export_says_how_each_layer_runs(monkeypatch, tmp_path):
     assert "2.00x in onnxruntime" in str(result.report)
     plain = result.export(tmp_path / "again.onnx", runtime=None)
     assert plain.layers == [] and plain.error < 1e-5
+
+
+def test_layers_that_are_called_by_name_are_seen():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.b(input=self.a(input=x).mean((2, 3)))
+
+    model, x = ByName().eval(), torch.randn(1, 2, 5, 5)
+    assert _input_shapes(model, (x,), ["a", "b"]) == {"a": (1, 2, 5, 5), "b": (1, 6)}
+    with torch.no_grad():
+        output, read = _run(model, (x,), ["b"])
+    assert torch.equal(model.b(read[0]), output)
