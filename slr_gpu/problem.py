@@ -483,6 +483,21 @@ class ResponseProblem:
         other.channels, other.taps = grouping("spatial", self.channels, kernel_size)
         return other
 
+    def in_outputs(self, frame: Array) -> ResponseProblem:
+        """The linear problem for the coordinates ``Qᵀ M`` of its solutions.
+
+        Parameters
+        ----------
+        frame : array, (n, r)
+            Q, orthonormal columns that span those of the right-hand sides: no solution, however
+            restricted, then reaches outside them. Rows of samples keep all n outputs.
+        """
+        self.scatter  # noqa: B018  with it, changes of basis turn the sums and not the rows
+        other = self._without("target")
+        other.W = frame.T @ self.W
+        other.start_correlation = frame.T @ self.start_correlation
+        return other
+
     def truncated(self, r: int) -> ResponseProblem:
         """The first r channels of a problem that is in a basis; its factorisation is shared."""
         width = r * self.taps

@@ -61,10 +61,16 @@ class TradeOff:
         if form == "auto":
             form = "rotated" if problem.taps > 1 else "columns"
         self.form = form
-        self.problem = problem.regrouped() if form == "spatial" else problem
         n, channels, taps = problem.n, problem.channels, problem.taps
         dense = LayerBudget(n, channels, taps, ((1.0, n * channels * taps),), multiple)
         self._unit = dense.unit(self.form)
+        problem = problem.regrouped() if form == "spatial" else problem
+        # More outputs than columns: all is done in the span of the right-hand sides.
+        self._frame: Array | None = None
+        if n > problem.width and not problem.by_rows:
+            self._frame = problem.ops.xp.linalg.qr(problem.start_rhs)[0]
+            problem = problem.in_outputs(self._frame)
+        self.problem = problem
 
     @cached_property
     def _ordered(self) -> ResponseProblem:
@@ -136,11 +142,12 @@ class TradeOff:
             problem = self._ordered.truncated(structure.r)
             metric, kept = problem.metric, structure.s * problem.taps
         M = metric.project(metric.target(problem), kept, structure.k, vectors=False)[1]
+        M = M if self._frame is None else self._frame @ M
         bias = problem.linear_bias(M)
         if problem.basis is not None:
-            in_basis = M.reshape(problem.n, structure.r, -1)
+            in_basis = M.reshape(len(M), structure.r, -1)
             M = problem.ops.xp.einsum("nrt,rc->nct", in_basis, problem.basis, optimize=True)
-        return M.reshape(problem.n, -1), bias
+        return M.reshape(len(M), -1), bias
 
     # -- the two families ------------------------------------------------------------------------
 
@@ -204,6 +211,9 @@ class TradeOff:
         most = max(structure.k for structure in structures)
         U = xp.linalg.eigh(gram)[1][:, ::-1][:, :most].astype(Y.dtype) if most else None
         along = moving @ U if most else None
+        if self._frame is not None:
+            frame = self._frame.astype(Y.dtype)
+            fixed, U = fixed @ frame.T, frame @ U if most else None
         Z = fixed + problem.z_mean.astype(Y.dtype)
         energy = float(xp.sum(Y * Y, dtype="float64"))
         points, done = [], 0

@@ -60,6 +60,27 @@ def test_points_are_the_errors_of_their_weights(form, kernel):
             assert ranks <= s * group + k
 
 
+@pytest.mark.parametrize("kernel", [(), (3,)])
+def test_more_outputs_than_columns(kernel):
+    """The same errors, without a matrix over outputs times outputs."""
+    arrays = layer(kernel, c=4, n=60)
+    rng = np.random.default_rng(1)
+    wanted = arrays.responses + 0.3 * rng.normal(size=arrays.responses.shape)
+    arrays = LayerIO(
+        arrays.weight, arrays.bias, arrays.inputs, linear_targets=wanted, kernel_size=kernel
+    )
+    tradeoff = TradeOff(problem_of(arrays))
+    held = arrays.split(0.1)[1]
+    Y = arrays.targets[held]
+    points = tradeoff.points()
+    for point in points:
+        M, bias = tradeoff.weight(point.structure)
+        assert M.shape == arrays.weight.shape
+        miss = np.maximum(arrays.inputs[held] @ M.T + bias, 0) - Y
+        assert point.error == pytest.approx(np.sum(miss**2) / np.sum(Y**2), rel=1e-6)
+    assert max(point.structure.k for point in points) <= arrays.weight.shape[1]
+
+
 def test_whole_layers_are_exact_and_more_is_better():
     arrays = layer()
     points = TradeOff(problem_of(arrays)).points()
