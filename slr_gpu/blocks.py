@@ -26,6 +26,8 @@ Arrays = tuple[Array, Array | None, Array | None]
 
 # Rows of every block of which the order of the numbers counts in the checksum, too.
 WITNESSES = 8
+# Bytes of a block from which on a thread of its own makes the checksum.
+LARGE = 2**20
 
 
 class ArrayBlocks:
@@ -141,10 +143,11 @@ class Blocks:
                 if number == len(self._checksums):
                     self._differs(number, start, "a block more than in the first pass")
                 arrays = self._taken(number, start, raw)
-                # On another core, while the rows are being copied.
-                found = worker.submit(checksum, arrays)
+                found = None
+                if arrays[0].nbytes > LARGE:  # on another core, while the rows are being copied
+                    found = worker.submit(checksum, arrays)
                 yield start, arrays
-                if found.result() != self._checksums[number]:
+                if (found.result() if found else checksum(arrays)) != self._checksums[number]:
                     self._differs(number, start, "other rows than in the first pass")
                 start += len(arrays[0])
                 advance(len(arrays[0]))

@@ -177,6 +177,10 @@ def _safetensors(path: Path) -> dict[str, _Member]:
         raise InputError(
             complain(f"{path}: {error}", "a whole safetensors file", "Write it again.")
         ) from error
+    if not headers:
+        raise InputError(
+            complain(f"{path} without any of {', '.join(ROLES)}", "inputs", "Rename the tensors.")
+        )
     for role, (_, kind) in headers.items():
         if kind not in _SAFETENSORS:
             raise InputError(
@@ -202,10 +206,12 @@ def _check(file: dict[str, _Member], first: dict[str, _Member]) -> None:
             )
         )
 
-    name = next(iter(file.values())) if file else next(iter(first.values()))
     if "inputs" not in file or file.keys() != first.keys():
-        expected = sorted(first.keys() | {"inputs"})
-        refuse(name, f"{', '.join(sorted(file)) or 'none of them'}", f"{', '.join(expected)}")
+        refuse(
+            next(iter(file.values())),
+            f"{' and '.join(sorted(file))} alone",
+            f"{', '.join(sorted(first.keys() | {'inputs'}))} for the same rows",
+        )
     rows = file["inputs"].shape[:1]
     for role, member in file.items():
         like = first[role]
