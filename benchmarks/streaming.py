@@ -39,7 +39,7 @@ COPIES = 3.2
 
 
 class Rows:
-    """Blocks of inputs and linear responses of a convolution on correlated non-negative inputs.
+    """Blocks of inputs and linear responses of a layer on correlated non-negative inputs.
 
     Parameters
     ----------
@@ -53,9 +53,9 @@ class Rows:
     def __init__(self, rows: int, outputs: int, channels: int, taps: int, block: int) -> None:
         rng = np.random.default_rng(0)
         self.rows, self.block = rows, min(block, rows)
-        stored, sources = 2 * self.block, min(channels, 96)
+        stored, sources = 2 * self.block, min(channels, 96 if taps > 1 else 512)
         mix = rng.standard_normal((sources, channels), dtype="f4")
-        mix *= 0.96 ** np.arange(sources, dtype="f4")[:, None]
+        mix *= np.exp(-4 * np.arange(sources, dtype="f4") / sources)[:, None]
         kernel = np.exp(-0.4 * np.abs(np.subtract.outer(np.arange(taps), np.arange(taps))))
         smooth = np.linalg.cholesky(kernel).T.astype("f4")
         self.inputs = np.empty((stored, channels * taps), "f4")
@@ -65,7 +65,7 @@ class Rows:
             window = mix.T @ field
             window += 0.3 * rng.standard_normal(window.shape, dtype="f4")
             np.maximum(window.reshape(len(part), -1), 0, out=part)
-        side = (round(taps**0.5),) * 2
+        side = (round(taps**0.5),) * 2 if taps > 1 else ()
         self.weight = rng.standard_normal((outputs, channels, *side), dtype="f4")
         self.weight /= (channels * taps) ** 0.5
         self.bias = rng.standard_normal(outputs, dtype="f4") / 4
@@ -99,8 +99,8 @@ def one(
     where: str,
     rows: int,
     outputs: int = 512,
-    channels: int = 512,
-    taps: int = 9,
+    channels: int = 4608,
+    taps: int = 1,
     block: int = 8192,
     keep: float = 0.25,
     form: str = "auto",
@@ -153,8 +153,8 @@ def run(
     rows: Annotated[int | None, typer.Option(help="Instead of the size.")] = None,
     compare: Annotated[bool, typer.Option(help="Also from memory, as many rows as fit.")] = False,
     outputs: int = 512,
-    channels: int = 512,
-    taps: Annotated[int, typer.Option(help="1 for a linear layer, 9 for a 3x3 kernel.")] = 9,
+    channels: int = 4608,
+    taps: Annotated[int, typer.Option(help="1 for a linear layer, 9 for a 3x3 kernel.")] = 1,
     block: Annotated[int, typer.Option(help="Rows a block.")] = 8192,
     keep: float = 0.25,
     form: str = "auto",

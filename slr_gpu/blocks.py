@@ -77,7 +77,7 @@ class Blocks:
     given : tuple of bool
         Which of the `ROLES` the blocks hold.
     means : tuple of (array or None)
-        Their column means over all rows, to float32 rounding.
+        Their column means over all rows.
     passes : int
         Passes that were begun, the first one included.
 
@@ -210,8 +210,9 @@ class Blocks:
 
     def _sum(self, number: int, role: str, array: Array) -> Array:
         """Column sums; InputError for NaN or Inf."""
+        # In float64: the means are then the same for blocks that are cut otherwise.
         with np.errstate(over="ignore", invalid="ignore"):
-            total = (np.ones(len(array), array.dtype) @ array).astype(np.float64)
+            total = array.sum(axis=0, dtype=np.float64)
         # A sum is finite only if no entry is NaN or Inf; the exact test runs only if it is not.
         if not np.isfinite(total).all():
             bad = np.argwhere(~np.isfinite(array))
@@ -228,7 +229,6 @@ class Blocks:
                         "Check the calibration data.",
                     )
                 )
-            total = array.sum(axis=0, dtype=np.float64)
         return total
 
     def gather(self, *indices: Array) -> list[Arrays]:

@@ -237,7 +237,7 @@ class LayerIO:
             )
 
     def __getattr__(self, name: str) -> Any:
-        if name in ROLES:
+        if name in (*ROLES, "responses"):
             raise AttributeError(
                 complain(
                     f"{name} of a layer whose rows pass by in blocks",

@@ -129,7 +129,9 @@ def split_samples(
     samples = StreamedSamples(layer_io, ops, fitted, linear, Kept(held))
 
     def kept_samples() -> Samples:
-        return _resident(layer_io, ops, samples.held.arrays, False, judging=True)
+        arrays = samples.held.arrays
+        samples.held = None  # they are copied, to the device or to where they will be centred
+        return _resident(layer_io, ops, arrays, False, judging=True)
 
     return samples, kept_samples, held
 

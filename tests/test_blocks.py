@@ -90,12 +90,13 @@ def test_fits_are_those_of_arrays(request_, given):
     same(slr_gpu.fit(whole, **request_), slr_gpu.fit(passing, **request_))
 
 
-@pytest.mark.parametrize("size", [1, 13, 64, 599, 600, 10_000])
+@pytest.mark.parametrize("size", [1, 13, 599, 10_000])
 def test_the_cut_of_the_blocks_does_not_matter(size):
     """Rows are cut anew for every sum: to the last bit the same, whatever blocks they come in."""
     weight, bias, X, Z = arrays("f4")
-    one = slr_gpu.fit(LayerIO.from_blocks(weight, bias, cut(100, X, None, Z)), keep=0.4)
-    other = slr_gpu.fit(LayerIO.from_blocks(weight, bias, cut(size, X, None, Z)), keep=0.4)
+    request = {"channels": 1, "basis_rows": 3, "rank": 2}
+    cuts = (cut(100, X, None, Z), cut(size, X, None, Z))
+    one, other = (slr_gpu.fit(LayerIO.from_blocks(weight, bias, c), **request) for c in cuts)
     for name in ("columns", "A", "U", "V", "bias"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
@@ -488,8 +489,9 @@ def test_shards_that_break_later(tmp_path):
 def test_what_a_layer_without_arrays_cannot_do(tmp_path):
     weight, bias, X, _ = arrays("f4")
     passing = LayerIO.from_blocks(weight, bias, [X])
-    with pytest.raises(AttributeError, match="pass by in blocks"):
-        passing.inputs  # noqa: B018
+    for name in ("inputs", "targets", "linear_targets", "responses"):
+        with pytest.raises(AttributeError, match=f"{name} of a layer whose rows pass by"):
+            getattr(passing, name)
     with pytest.raises(AttributeError, match="no attribute 'input'"):
         passing.input  # noqa: B018
     with pytest.raises(InputError, match="arrays in memory"):
@@ -501,9 +503,9 @@ def test_what_a_layer_without_arrays_cannot_do(tmp_path):
 
 
 def test_one_block_is_in_memory(monkeypatch):
-    """60 MB of rows pass by; at no time are more than a few of their blocks alive, nor 12 MB."""
+    """20 MB of rows pass by; at no time are more than three of their blocks alive, nor 8 MB."""
     rng = np.random.default_rng(0)
-    stored = rng.normal(size=(4096, 64)).astype("f4")
+    stored = rng.normal(size=(1024, 64)).astype("f4")
     weight = rng.normal(size=(16, 64)).astype("f4")
     alive, most = {}, [0]
 
@@ -511,8 +513,8 @@ def test_one_block_is_in_memory(monkeypatch):
         pass
 
     def blocks():
-        for number in range(230):
-            block = np.roll(stored, number, axis=0)[:1024].view(Block)
+        for number in range(80):
+            block = np.roll(stored, number, axis=0).view(Block)
             alive[number] = weakref.ref(block)
             for other, reference in list(alive.items()):
                 if reference() is None:
@@ -527,14 +529,15 @@ def test_one_block_is_in_memory(monkeypatch):
     tracemalloc.start()
     try:
         passing = LayerIO.from_blocks(weight, None, blocks)
-        found = slr_gpu.fit(passing, columns=16, rank=4, ridge=1e-3)
+        solver = slr_gpu.WhitenedSVD()
+        found = slr_gpu.fit(passing, rank=4, solver=solver, ridge=1e-3)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert passing.rows == 230 * 1024 and found.held_out_error < 0.9
+    assert passing.rows == 80 * 1024 and found.held_out_error < 1
     assert most[0] <= 3
-    # Row numbers, samples and what the split needs take 8 bytes a row and array: 10 MB here.
-    assert peak < 24e6, peak
+    # A few numbers of eight bytes a row, of samples and of the split, are among them.
+    assert peak < 8e6, peak
 
 
 def test_blocks_reach_a_device_in_order():
