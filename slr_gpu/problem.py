@@ -152,7 +152,8 @@ class ResponseProblem:
         Centring comes before squaring: nearly constant inputs would leave only rounding after it.
         That takes a pass for the means and another for the squares, of which some thousand rows
         are enough. Where means are known roughly beforehand, one pass does: with d the mean of
-        what they leave, ``sum (x - d)^2 = sum x^2 - P d^2`` then loses nothing.
+        what they leave, ``sum (x - d)^2 = sum x^2 - P d^2`` then loses nothing. A convolution's
+        `channel_scatter`, with which most fits begin, is taken along in that pass.
         """
         xp, samples, rough = self.ops.xp, self.samples, self.samples.rough_means
         square, step, dtype = xp.square, max(1, self.rows // 2048), samples.dtype
@@ -196,7 +197,7 @@ class ResponseProblem:
         unit = float(inputs) / float(count) / self.width * self.rows
         self._ridge_unit = max(unit, 1e-30)
         self.target_energy = max(float(wanted) / self.rows, 1e-30)
-        return float(energy)
+        return max(float(energy), 0.0)
 
     def _weight_energy(self) -> float:
         """``||W||^2``."""

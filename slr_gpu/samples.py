@@ -39,7 +39,7 @@ def to_basis(xp: Any, array: Array, basis: Array, taps: int) -> Array:
     P, (r, groups) = len(array), basis.shape
     across = basis.astype(array.dtype).T
     # The CPU moves the taps there and back in pieces that its cache holds.
-    rows = P
+    rows = max(1, P)
     if isinstance(array, numpy.ndarray) and array.nbytes > PIECE_BYTES:
         rows = max(1, PIECE_BYTES * P // array.nbytes)
     turned = xp.empty((P, r, taps), array.dtype)

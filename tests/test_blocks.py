@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tracemalloc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from device_double import DoubleOps, Streams
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 import slr_gpu
 from slr_gpu import LayerIO, streamed
@@ -20,6 +23,10 @@ from slr_gpu.ops import NumpyOps, memory
 from slr_gpu.ops.memory import DeviceMemory, host_free
 from slr_gpu.problem import ResponseProblem
 from slr_gpu.shards import Shards
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import streaming
 
 ROWS, OUTPUTS, CHANNELS, TAPS = 600, 8, 6, 4
 COLUMNS = CHANNELS * TAPS
@@ -557,3 +564,19 @@ def test_blocks_reach_a_device_in_order():
             cupy.current.add(lambda block=block, seen=seen: seen.append(block.host.copy()))
         np.testing.assert_array_equal(np.concatenate(seen), X)
     assert list(DeviceMemory(Streams(0), 0).carry(iter(()), 4)) == []
+
+
+@pytest.mark.parametrize("taps", [1, 9])
+def test_the_benchmark_compares_the_same_rows(taps):
+    source = streaming.Rows(500, 8, 12, taps, 90)
+    X, Z = source.whole()
+    assert X.shape == (500, 12 * taps) and Z.shape == (500, 8)
+    np.testing.assert_array_equal(X, np.concatenate([block[0] for block in source]))
+    settings = ["500", "--outputs=8", "--channels=12", f"--taps={taps}", "--block=90"]
+    found = []
+    for where in ("blocks", "memory"):
+        done = CliRunner().invoke(streaming.app, ["one", where, *settings])
+        assert done.exit_code == 0, done.output
+        found.append(json.loads(done.stdout))
+    assert found[0]["held_out_error"] == pytest.approx(found[1]["held_out_error"], rel=1e-3)
+    assert found[0]["passes"] > 3 and found[1]["passes"] is None

@@ -74,7 +74,7 @@ class HostMemory:
     def carry(self, blocks: Iterator[tuple[Array, ...]], size: int) -> Iterator[tuple[Array, ...]]:
         """Blocks of host arrays, of at most `size` rows each, on the device.
 
-        Of one block and the next, each may be overwritten once another has been asked for.
+        A block may be overwritten, here and there, once the next one has been asked for.
         """
         return blocks
 
