@@ -13,6 +13,7 @@ from .refine import Refinement
 from .result import Result, load
 from .runtime import BenchResult, bench
 from .sensitivity import analyze
+from .shards import open_shards
 from .solvers import (
     ADMM,
     ChannelPruning,
@@ -55,4 +56,5 @@ __all__ = [
     "compress",
     "fit",
     "load",
+    "open_shards",
 ]

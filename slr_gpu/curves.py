@@ -20,6 +20,7 @@ from .decomposition import Structure
 from .errors import BudgetError, complain
 from .layer_budget import LayerBudget, largest_basis
 from .problem import ResponseProblem, ordered_metric
+from .streamed import ESTIMATE_ROWS
 from .support import SupportSearch, group_size
 
 Array = Any
@@ -27,7 +28,6 @@ Array = Any
 # A form without a basis is searched only if a rough estimate of its error is below so many times
 # the error of the rotated form.
 SCREEN = 1.2
-ESTIMATE_ROWS = 2048
 # Below this relative error a layer is as good as exact, and no other form is searched.
 NEGLIGIBLE = 1e-4
 

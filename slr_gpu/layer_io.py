@@ -2,7 +2,8 @@
 
 In: plain arrays (NumPy, CuPy or torch). Out: checked arrays in one layout (DESIGN 2):
 ``weight (n, m)``, ``inputs (P, m)``, ``targets (P, n)``; for a convolution m = c * prod(kernel)
-with input channel c owning neighbouring columns, and a row of inputs is one im2col row.
+with input channel c owning neighbouring columns, and a row of inputs is one im2col row. Rows that
+do not fit in memory come as blocks that can be visited again and again (`slr_gpu.blocks`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from . import activations
+from .blocks import Blocks
 from .errors import InputError, complain
 from .ops import NumpyOps, get_ops, why_not_cuda
+from .shards import ROLES
 from .storage import load_arrays, save_arrays
 
 Array = Any
@@ -61,7 +64,9 @@ class LayerIO:
     """One layer with calibration rows.
 
     Arrays stay where `inputs` are: in host memory, or on the CUDA device that holds them (CuPy
-    arrays and torch tensors, without a copy) if CuPy works on it.
+    arrays and torch tensors, without a copy) if CuPy works on it. Memory-mapped `inputs` (and
+    targets beside them) that are too large for the machine's memory are visited in blocks, as with
+    `from_blocks`.
 
     Parameters
     ----------
@@ -83,6 +88,11 @@ class LayerIO:
         Which calibration sample a row came from, ascending; held-out rows are split off by whole
         samples, since rows of one sample are alike. By default every row is its own sample.
 
+    Attributes
+    ----------
+    blocks : Blocks or None
+        The rows, where they are visited in blocks; then there are no `inputs` and `targets`.
+
     Raises
     ------
     InputError
@@ -101,7 +111,82 @@ class LayerIO:
         linear_targets: Any = None,
         sample_ids: Any = None,
     ) -> None:
-        self.ops = _ops_for(inputs)
+        arrays = dict(zip(ROLES, (inputs, targets, linear_targets), strict=True))
+        self._describe(weight, bias, activation, kernel_size, _ops_for(inputs))
+        n, m = self.weight.shape
+        if isinstance(inputs, np.memmap) and not self._may_be_read(inputs):
+            self._visit(Blocks(arrays, m, n), sample_ids)
+            return
+        self.inputs = self._checked("inputs", inputs, (None, m))
+        count = len(self.inputs)
+        if count < 2:
+            raise InputError(
+                complain(
+                    f"{count} calibration row(s)", "at least 2", "Pass more calibration inputs."
+                )
+            )
+        self.linear_targets = self._checked("linear_targets", linear_targets, (count, n))
+        self.targets = self._checked("targets", targets, (count, n))
+        if self.targets is None:
+            response = self.linear_targets
+            if response is None:
+                response = self.responses
+            self.targets = self.activation.value(self.ops, response)
+        elif self.targets.dtype != self.inputs.dtype:
+            self.targets = self.targets.astype(self.inputs.dtype)
+        self.rows, self.dtype = count, self.inputs.dtype
+        self._name_samples(sample_ids)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        weight: Any,
+        bias: Any,
+        blocks: Any,
+        activation: str | activations.Activation = "relu",
+        kernel_size: tuple[int, ...] | None = None,
+        *,
+        sample_ids: Any = None,
+        show_progress: bool = True,
+    ) -> LayerIO:
+        """A layer with calibration rows that pass by in blocks and are not kept.
+
+        Every solver then makes passes over the blocks, with the same result as from arrays. In
+        memory are one block, what has the size of the Gram matrix, and bounded subsets of the rows:
+        at most `slr_gpu.streamed.KEPT_BYTES` of the held-out ones (above that evenly spread ones
+        of them judge, and a note says so) and 2048 of the others. Responses that the blocks do not
+        bring are computed in every pass, which costs a product more.
+
+        Parameters
+        ----------
+        weight, bias, activation, kernel_size, sample_ids
+            As for `LayerIO`.
+        blocks : iterable, function, Shards, or array(s)
+            What can be iterated again and again and yields the same blocks each time: a list, an
+            object with ``__iter__`` (a DataLoader that does not shuffle), a function without
+            arguments that makes an iterator, `slr_gpu.open_shards` of a folder, a memory-mapped
+            array, or a mapping of these by name. A block is ``inputs`` (p, m) or a tuple
+            ``(inputs, targets)`` or ``(inputs, targets, linear_targets)`` with None for what is
+            missing, or a mapping with these names, of any number of rows.
+        show_progress : bool
+            Whether passes longer than two seconds show a bar on a terminal.
+
+        Raises
+        ------
+        InputError
+            After one pass over the blocks: see `slr_gpu.blocks.Blocks`.
+        """
+        self = cls.__new__(cls)
+        self._describe(weight, bias, activation, kernel_size, NumpyOps())
+        n, m = self.weight.shape
+        self._visit(Blocks(blocks, m, n, show_progress=show_progress), sample_ids)
+        return self
+
+    def _describe(
+        self, weight: Any, bias: Any, activation: Any, kernel_size: Any, ops: NumpyOps
+    ) -> None:
+        """The layer itself, checked."""
+        self.ops, self.blocks = ops, None
         weight = _floating(self.ops, "weight", weight)
         if weight.ndim < 2:
             raise InputError(
@@ -123,39 +208,44 @@ class LayerIO:
                     "Pass the layer's own kernel_size.",
                 )
             )
-        self.inputs = self._checked("inputs", inputs, (None, m))
-        count = len(self.inputs)
-        if count < 2:
-            raise InputError(
-                complain(
-                    f"{count} calibration row(s)", "at least 2", "Pass more calibration inputs."
-                )
-            )
         self.bias = (
             self.ops.xp.zeros(n, self.weight.dtype)
             if bias is None
             else self._checked("bias", bias, (n,))
         )
-        self.linear_targets = self._checked("linear_targets", linear_targets, (count, n))
-        self.targets = self._checked("targets", targets, (count, n))
-        if self.targets is None:
-            response = self.linear_targets
-            if response is None:
-                response = self.responses
-            self.targets = self.activation.value(self.ops, response)
-        elif self.targets.dtype != self.inputs.dtype:
-            self.targets = self.targets.astype(self.inputs.dtype)
+
+    def _may_be_read(self, inputs: np.memmap) -> bool:
+        """Whether the rows, their responses and a copy of both fit in the machine's memory."""
+        width = sum(self.weight.shape) + len(self.weight)
+        return NumpyOps.memory.holds(2 * 4 * len(inputs) * width)
+
+    def _visit(self, blocks: Blocks, sample_ids: Any) -> None:
+        self.blocks, self.rows, self.dtype = blocks, blocks.rows, blocks.dtype
+        self._name_samples(sample_ids)
+
+    def _name_samples(self, sample_ids: Any) -> None:
         if sample_ids is None:
-            sample_ids = np.arange(count)
+            sample_ids = np.arange(self.rows)
         self.sample_ids = np.asarray(self.ops.to_numpy(self.ops.asarray(sample_ids)))
-        if self.sample_ids.shape != (count,) or np.any(np.diff(self.sample_ids) < 0):
+        if self.sample_ids.shape != (self.rows,) or np.any(np.diff(self.sample_ids) < 0):
             raise InputError(
                 complain(
                     f"sample_ids of shape {self.sample_ids.shape}",
-                    f"({count},), ascending",
+                    f"({self.rows},), ascending",
                     "Sort the rows by sample.",
                 )
             )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (*ROLES, "responses"):
+            raise AttributeError(
+                complain(
+                    f"{name} of a layer whose rows pass by in blocks",
+                    "arrays in memory",
+                    "Iterate over `blocks`, or make the LayerIO from arrays.",
+                )
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _checked(self, name: str, array: Any, shape: tuple[int | None, ...]) -> Array | None:
         if array is None:
@@ -187,7 +277,7 @@ class LayerIO:
     def __repr__(self) -> str:
         n, m = self.weight.shape
         return (
-            f"LayerIO(n={n}, m={m}, rows={len(self.inputs)}, kernel_size={self.kernel_size},"
+            f"LayerIO(n={n}, m={m}, rows={self.rows}, kernel_size={self.kernel_size},"
             f" activation={self.activation.name!r})"
         )
 
@@ -209,7 +299,21 @@ class LayerIO:
         return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
     def save(self, path: str | Path) -> None:
-        """Write to one safetensors file, atomically."""
+        """Write to one safetensors file, atomically.
+
+        Raises
+        ------
+        InputError
+            For rows that pass by in blocks.
+        """
+        if self.blocks is not None:
+            raise InputError(
+                complain(
+                    "a layer whose rows pass by in blocks",
+                    "arrays in memory",
+                    "Keep the files or the function that the blocks come from.",
+                )
+            )
         names = ("weight", "bias", "inputs", "targets", "linear_targets")
         arrays = {name: getattr(self, name) for name in names}
         host = {name: self.ops.to_numpy(a) for name, a in arrays.items() if a is not None}

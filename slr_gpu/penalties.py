@@ -93,7 +93,7 @@ def gradient_at_zero(problem: ResponseProblem, *, convex: bool = True) -> Array:
     xp, activation = problem.ops.xp, problem.activation
     convex = convex and activation.has_convex_surrogate
     M = xp.zeros((problem.n, problem.width))
-    (total,) = problem.sum_over_rows(lambda X, Y, Z: (Y.sum(axis=0, dtype="float64"),))
+    (total,) = problem.sum_over_rows(lambda X, Y, Z: (Y.sum(axis=0, dtype="float64"),), wants="Y")
     bias = total / problem.rows
     RtX = M
     for _ in range(100):

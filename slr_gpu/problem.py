@@ -34,6 +34,7 @@ from .metric import Metric, RowMetric
 from .ops import NumpyOps
 from .penalties import outer
 from .samples import Samples, to_basis
+from .streamed import split_samples
 
 Array = Any
 
@@ -48,10 +49,10 @@ _COORDINATES = (
     "scatter",
     "G",
     "metric",
+    "channel_scatter",
     "channel_gram",
     "start_correlation",
     "target",
-    "target_energy",
     "row_gram",
     "weight_responses",
     "centred_responses",
@@ -124,7 +125,7 @@ class ResponseProblem:
                     f"{len(fitted)} row(s) to fit on", "at least 2", "Pass more, or held_out=0."
                 )
             )
-        dtype, xp = layer_io.inputs.dtype, ops.xp
+        dtype, xp = layer_io.dtype, ops.xp
         m = layer_io.weight.shape[1]
         self.by_rows, self.notes = by_rows or m > WIDEST, ()
         if self.by_rows and len(fitted) > MOST_ROWS:
@@ -133,39 +134,70 @@ class ResponseProblem:
             self.notes = (f"fitted on {len(fitted)} of {len(every)} rows: {m} columns",)
         self.W = ops.asarray(layer_io.weight, dtype if self.by_rows else xp.float64)
         self.bias = ops.asarray(layer_io.bias, xp.float64)
-        Y, Z = layer_io.targets, layer_io.linear_targets
-        if Z is None:
-            Z = layer_io.responses
-        if self.activation.is_identity:
-            # A linear fit aims at the response before the activation, held-out stays after it.
-            Y = Z = Y if layer_io.activation.is_identity else Z
-        self.samples = Samples(ops, layer_io.inputs, Y, Z, fitted, dtype)
-        self.held = Samples(ops, layer_io.inputs, layer_io.targets, None, held, dtype)
-        # Centring before squaring: nearly constant inputs would leave only rounding after it.
-        sums = self.samples.sum(
-            lambda X, Y, Z: (X.sum(axis=0, dtype="float64"), Z.sum(axis=0, dtype="float64")),
-            block=GRAM_BLOCK,
+        # A linear fit aims at the response before the activation, held-out stays after it.
+        self.samples, make_held, judging = split_samples(
+            layer_io, ops, fitted, held, linear=self.activation.is_identity, whole=self.by_rows
         )
-        self.x_mean, self.z_mean = (total / self.rows for total in sums)
-        self.samples.centre(self.x_mean)
+        if len(judging) < len(held):
+            self.notes += (f"judged on {len(judging)} of {len(held)} held-out rows",)
+        energy = self._centre()
+        self.held = make_held()
         self.held.centre(self.x_mean)
-        self._ridge_unit, energy = self._scales()
         self.rho = ridge * self._ridge_unit
         self._energies = (energy, self._weight_energy())
 
-    def _scales(self) -> tuple[float, float]:
-        """Mean diagonal of ``Xcᵀ Xc``, from some thousand rows, and ``||Zc||^2``."""
-        square, step = self.ops.xp.square, max(1, self.rows // 2048)
-        z_mean = self.z_mean.astype(self.samples.dtype)
+    def _centre(self) -> float:
+        """Centre the inputs, set what tells the scales of the problem, and return ``||Zc||^2``.
+
+        Centring comes before squaring: nearly constant inputs would leave only rounding after it.
+        That takes a pass for the means and another for the squares, of which some thousand rows
+        are enough. Where means are known roughly beforehand, one pass does: with d the mean of
+        what they leave, ``sum (x - d)^2 = sum x^2 - P d^2`` then loses nothing. A convolution's
+        `channel_scatter`, with which most fits begin, is taken along in that pass.
+        """
+        xp, samples, rough = self.ops.xp, self.samples, self.samples.rough_means
+        square, step, dtype = xp.square, max(1, self.rows // 2048), samples.dtype
+
+        def means(X, Y, Z):
+            return X.sum(axis=0, dtype="float64"), Z.sum(axis=0, dtype="float64")
 
         def squares(X, Y, Z):
             some = X[::step]
-            count = self.ops.xp.full((), len(some))
-            return square(some).sum(dtype="float64"), count, square(Z - z_mean).sum(dtype="float64")
+            count = xp.full((), len(some))
+            return count, *(square(A).sum(dtype="float64") for A in (some, Z, Y))
 
-        inputs, count, energy = self.samples.sum(squares, block=GRAM_BLOCK)
+        if rough is None:
+            sums = samples.sum(means, block=GRAM_BLOCK, wants="XZ")
+            self.x_mean, self.z_mean = (total / self.rows for total in sums)
+            samples.centre(self.x_mean)
+            z_mean = self.z_mean.astype(dtype)
+            count, inputs, energy, wanted = samples.sum(
+                lambda X, Y, Z: squares(X, Y, Z - z_mean), block=GRAM_BLOCK
+            )
+        else:
+            x_rough, z_rough = (mean.astype(dtype) for mean in rough)
+
+            def everything(X, Y, Z):
+                left = X - x_rough
+                some = left[::step].sum(axis=0, dtype="float64")
+                product = (self._channel_product(left),) if self.taps > 1 else ()
+                return *squares(left, Y, Z - z_rough), *means(X, Y, Z), some, *product
+
+            count, inputs, energy, wanted, x_sum, z_sum, some, *product = samples.sum(
+                everything, block=GRAM_BLOCK
+            )
+            self.x_mean, self.z_mean = x_sum / self.rows, z_sum / self.rows
+            samples.centre(self.x_mean)
+            x_left, z_left = self.x_mean - x_rough, self.z_mean - z_rough
+            inputs = inputs - 2 * (some @ x_left) + count * (x_left @ x_left)
+            energy = energy - self.rows * (z_left @ z_left)
+            for total in product:
+                by_taps = x_left.reshape(-1, self.taps)
+                self.channel_scatter = total - self.rows * (by_taps @ by_taps.T)
         unit = float(inputs) / float(count) / self.width * self.rows
-        return max(unit, 1e-30), float(energy)
+        self._ridge_unit = max(unit, 1e-30)
+        self.target_energy = max(float(wanted) / self.rows, 1e-30)
+        return max(float(energy), 0.0)
 
     def _weight_energy(self) -> float:
         """``||W||^2``."""
@@ -190,7 +222,16 @@ class ResponseProblem:
                     "Use Majorize, Zhang or WhitenedSVD.",
                 )
             )
-        return self.samples.sum(lambda X, Y, Z: (X.T @ X,), block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
+        if "start_correlation" in self.__dict__:
+            (scatter,) = self._products(lambda X, Y, Z: (X.T @ X,), "X")
+            return scatter
+        # Whoever needs one needs the other: one pass for both.
+        scatter, self.start_correlation = self._products(lambda X, Y, Z: (X.T @ X, Z.T @ X), "XZ")
+        return scatter
+
+    def _products(self, function: Callable[..., tuple[Array, ...]], wants: str) -> tuple:
+        """Sums of products of rows, in the large blocks that suit them."""
+        return self.samples.sum(function, block=GRAM_BLOCK, largest=GRAM_BLOCK, wants=wants)
 
     @cached_property
     def G(self) -> Array:
@@ -201,21 +242,22 @@ class ResponseProblem:
         return G
 
     @cached_property
+    def channel_scatter(self) -> Array:
+        """Sum over taps of the scatter's diagonal channel blocks (c, c)."""
+        if "scatter" not in self.__dict__:  # no (m, m) matrix is formed for it
+            return self._products(lambda X, Y, Z: (self._channel_product(X),), "X")[0]
+        blocks = self.scatter.reshape(self.groups, self.taps, self.groups, self.taps)
+        return self.ops.xp.einsum("itjt->ij", blocks)
+
+    def _channel_product(self, X: Array) -> Array:
+        """`channel_scatter` of a block of rows."""
+        rows = X.reshape(-1, self.groups, self.taps).transpose(0, 2, 1).reshape(-1, self.groups)
+        return rows.T @ rows
+
+    @cached_property
     def channel_gram(self) -> Array:
-        """Mean over taps of G's diagonal channel blocks (c, c): no (m, m) matrix is formed."""
-        xp, groups = self.ops.xp, self.groups
-        if "scatter" in self.__dict__:
-            blocks = self.scatter.reshape(groups, self.taps, groups, self.taps)
-            total = xp.einsum("itjt->ij", blocks)
-        else:
-
-            def gram(X, Y, Z):
-                taps_first = X.reshape(-1, groups, self.taps).transpose(0, 2, 1)
-                rows = taps_first.reshape(-1, groups)
-                return (rows.T @ rows,)
-
-            (total,) = self.samples.sum(gram, block=GRAM_BLOCK, largest=GRAM_BLOCK)
-        return total / self.taps + self.rho * xp.eye(groups)
+        """Mean over taps of G's diagonal channel blocks (c, c)."""
+        return self.channel_scatter / self.taps + self.rho * self.ops.xp.eye(self.groups)
 
     def with_ridge(self, ridge: float) -> ResponseProblem:
         """The same problem with another ridge, sharing the arrays over samples."""
@@ -241,7 +283,7 @@ class ResponseProblem:
         step = -(-self.rows // rows)
         if step == 1:
             return self
-        other = self._without(*_COORDINATES)
+        other = self._without(*_COORDINATES, "target_energy")
         other.samples = self.samples.thinned(step)
         share = other.rows / self.rows
         other.rho, other._ridge_unit = self.rho * share, self._ridge_unit * share
@@ -287,7 +329,7 @@ class ResponseProblem:
     @cached_property
     def start_correlation(self) -> Array:
         """``D = Zcᵀ Xc`` (n, m), float64."""
-        return self.samples.sum(lambda X, Y, Z: (Z.T @ X,), block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
+        return self._products(lambda X, Y, Z: (Z.T @ X,), "XZ")[0]
 
     @property
     def start_rhs(self) -> Array:
@@ -386,12 +428,12 @@ class ResponseProblem:
             R, loss = residual(X @ Mt, Y, b)
             return (loss, R.T @ X, R.sum(axis=0, dtype="float64")) if gradient else (loss,)
 
-        loss, *rest = self.samples.sum(block)
+        loss, *rest = self.samples.sum(block, wants="XY")
         RtX, total = rest or (None, None)
         return loss / self.rows, RtX, None if total is None else total / self.rows
 
     def sum_over_rows(
-        self, function: Callable[[Array, Array, Array], tuple[Array, ...]]
+        self, function: Callable[[Array, Array, Array], tuple[Array, ...]], wants: str = "XYZ"
     ) -> tuple[Array, ...]:
         """Sum what a function returns for every block of the fitted rows, in float64.
 
@@ -400,8 +442,10 @@ class ResponseProblem:
         function : callable
             Of a block's rows (X, Y, Z): centred inputs (p, m) in the problem's coordinates,
             responses wanted after (p, n) and before (p, n) the activation. Returns arrays.
+        wants : str
+            Which of X, Y and Z it looks at.
         """
-        return self.samples.sum(function)
+        return self.samples.sum(function, wants=wants)
 
     def at_mean(self, M: Array) -> Array:
         """``M x_mean`` (n,), the response of M to the mean input; M is not copied to float64."""
@@ -423,7 +467,8 @@ class ResponseProblem:
     def _energy(self, samples: Samples) -> float:
         """``||Y||^2`` of some rows."""
         square = self.ops.xp.square
-        return float(samples.sum(lambda X, Y, Z: (square(Y).sum(dtype="float64"),))[0])
+        (energy,) = samples.sum(lambda X, Y, Z: (square(Y).sum(dtype="float64"),), wants="Y")
+        return float(energy)
 
     def relative_error(self, M: Array, bias: Array) -> float:
         """``||Y - r(Z)||^2 / ||Y||^2`` on the fitted rows."""
@@ -478,7 +523,7 @@ class ResponseProblem:
 
     def regrouped(self) -> ResponseProblem:
         """The same problem with channels as the spatial form counts them, see `grouping`."""
-        other = self._without("channel_gram")
+        other = self._without("channel_scatter", "channel_gram")
         kernel_size = self.layer_io.kernel_size
         other.channels, other.taps = grouping("spatial", self.channels, kernel_size)
         return other

@@ -27,6 +27,8 @@ Array = Any
 BLOCK = 8192
 # Most rows a block on a device.
 LARGEST_BLOCK = 65_536
+# Bytes of rows that are turned into a basis at once on the CPU.
+PIECE_BYTES = 2**20
 # A block that does not fit is halved down to this.
 SMALLEST_BLOCK = 64
 
@@ -35,9 +37,18 @@ def to_basis(xp: Any, array: Array, basis: Array, taps: int) -> Array:
     """``array Eᵀ`` for E = basis ⊗ I_taps, basis (r, c), and rows of c * taps columns."""
     # Taps first for one large GEMM; a batch of (r, c) x (c, taps) products is far slower.
     P, (r, groups) = len(array), basis.shape
-    taps_first = array.reshape(P, groups, taps).transpose(0, 2, 1)
-    turned = taps_first.reshape(P * taps, groups) @ basis.astype(array.dtype).T
-    return turned.reshape(P, taps, r).transpose(0, 2, 1).reshape(P, r * taps)
+    across = basis.astype(array.dtype).T
+    # The CPU moves the taps there and back in pieces that its cache holds.
+    rows = max(1, P)
+    if isinstance(array, numpy.ndarray) and array.nbytes > PIECE_BYTES:
+        rows = max(1, PIECE_BYTES * P // array.nbytes)
+    turned = xp.empty((P, r, taps), array.dtype)
+    for start in range(0, P, rows):
+        part = array[start : start + rows]
+        taps_first = part.reshape(-1, groups, taps).transpose(0, 2, 1).reshape(-1, groups)
+        back = (taps_first @ across).reshape(-1, taps, r).transpose(0, 2, 1)
+        turned[start : start + rows] = back
+    return turned.reshape(P, r * taps)
 
 
 class Samples:
@@ -60,7 +71,11 @@ class Samples:
     ----------
     resident : bool
         Whether the rows stay on the device.
+    rough_means : tuple of (array, array), or None
+        Column means of X and Z that are known beforehand, of these and other rows.
     """
+
+    rough_means: tuple[Array, Array] | None = None
 
     def __init__(
         self, ops: NumpyOps, X: Array, Y: Array, Z: Array | None, index: Array, dtype: Any
@@ -147,7 +162,7 @@ class Samples:
             return to_basis(self.ops.xp, source.X, basis, taps)
         if self.resident:
             return self._arrays[0]
-        return self.ops.xp.concatenate([X.copy() for X, _, _ in self._blocks(0, BLOCK)])
+        return self._gathered("X")
 
     @property
     def Y(self) -> Array:
@@ -158,6 +173,12 @@ class Samples:
     def Z(self) -> Array:
         """All responses (P, n) wanted before the activation, at once."""
         return self._whole(1 if self._same else 2)
+
+    def _gathered(self, name: str) -> Array:
+        """X, Y or Z of all rows, block by block."""
+        place = 1 + "XYZ".index(name)
+        parts = [block[place].copy() for block in self._blocks(0, BLOCK, name)]
+        return self.ops.xp.concatenate(parts)
 
     def _whole(self, position: int) -> Array:
         if self.resident:
@@ -172,6 +193,7 @@ class Samples:
         *,
         block: int = BLOCK,
         largest: int = LARGEST_BLOCK,
+        wants: str = "XYZ",
     ) -> tuple[Array, ...]:
         """Sum over blocks of rows what a function of (X, Y, Z) returns, in float64.
 
@@ -184,6 +206,8 @@ class Samples:
             Rows a block on the CPU; on a device at least so many, as memory allows.
         largest : int
             At most so many.
+        wants : str
+            Which of X, Y and Z the function looks at; the others may be None.
 
         Raises
         ------
@@ -199,14 +223,14 @@ class Samples:
         done = 0
         while done < self.rows:
             try:
-                for X, Y, Z in self._blocks(done, size):
+                for count, X, Y, Z in self._blocks(done, size, wants):
                     parts = function(X, Y, Z)
                     if totals:
                         for total, part in zip(totals, parts, strict=True):
                             total += part
                     else:
                         totals = tuple(self.ops.xp.array(part, dtype="float64") for part in parts)
-                    done += len(Y)
+                    done += count
             except memory.errors as error:
                 size = self._smaller(size, error)
         return totals
@@ -232,8 +256,8 @@ class Samples:
         self._sizes = {limits: min(rows, size) for limits, rows in self._sizes.items()}
         return size
 
-    def _blocks(self, first: int, size: int) -> Iterator[tuple[Array, Array, Array | None]]:
-        """Blocks (X, Y, Z) from a row on."""
+    def _blocks(self, first: int, size: int, wants: str = "XYZ") -> Iterator[tuple]:
+        """Blocks from a row on: how many rows, X, Y and Z."""
         if self.resident:
             X = self.X
             for start in range(first, self.rows, size):
@@ -243,10 +267,13 @@ class Samples:
         for X, *responses in self.ops.memory.stream(self._arrays, self._index[first:], size):
             if self._mean is not None:
                 X = X - self._mean
-            if self._source is not None:
-                _, basis, taps = self._source
-                X = to_basis(self.ops.xp, X, basis, taps)
-            yield self._triple(X, *responses)
+            yield self._triple(self._in_basis(X), *responses)
+
+    def _in_basis(self, X: Array) -> Array:
+        if self._source is None:
+            return X
+        _, basis, taps = self._source
+        return to_basis(self.ops.xp, X, basis, taps)
 
     def _triple(self, X: Array, Y: Array, Z: Array | None = None) -> tuple:
-        return X, Y, (Y if self._same else Z)
+        return len(X), X, Y, (Y if self._same else Z)

@@ -160,6 +160,10 @@ class DoubleMemory(HostMemory):
             for array in block:
                 array.host[...] = numpy.nan  # the buffer is being filled again
 
+    def carry(self, blocks, size):
+        for block in blocks:
+            yield from self.stream(block, numpy.arange(len(block[0])), size)
+
 
 class DoubleOps(NumpyOps):
     """NumpyOps on `DeviceArray`.

@@ -8,7 +8,9 @@ stream while the other is being computed on.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -29,13 +31,24 @@ class HostMemory:
     ----------
     errors : tuple of type
         What running out of memory raises.
+    limit : int or None
+        Bytes to count as free instead of what the machine says.
     """
 
     errors: tuple[type[BaseException], ...] = (MemoryError,)
+    limit: int | None = None
 
     def fits(self, bytes_wanted: int) -> bool:
-        """Whether arrays of this size may stay on the device."""
+        """Whether arrays of this size may stay on the device.
+
+        On the CPU always: there they are made from arrays that are in memory already.
+        """
         return True
+
+    def holds(self, bytes_wanted: int) -> bool:
+        """Whether arrays of this size may be read from the disk into the machine's memory."""
+        free = host_free() if self.limit is None else self.limit
+        return free is None or bytes_wanted <= RESIDENT_SHARE * free
 
     def block_rows(self, usual: int, most: int, bytes_a_row: int) -> int:
         """Rows a block: `usual` on the CPU, less for very long rows.
@@ -57,6 +70,13 @@ class HostMemory:
         for start in range(0, len(index), size):
             rows = index[start : start + size]
             yield tuple(array[rows] for array in arrays)
+
+    def carry(self, blocks: Iterator[tuple[Array, ...]], size: int) -> Iterator[tuple[Array, ...]]:
+        """Blocks of host arrays, of at most `size` rows each, on the device.
+
+        A block may be overwritten, here and there, once the next one has been asked for.
+        """
+        return blocks
 
 
 class DeviceMemory(HostMemory):
@@ -120,19 +140,34 @@ class DeviceMemory(HostMemory):
     def stream(
         self, arrays: tuple[Array, ...], index: Array, size: int
     ) -> Iterator[tuple[Array, ...]]:
-        cupy = self._cupy
         size = min(size, len(index))
+        starts = range(0, len(index), size)
+        jobs = ((arrays, index[start : start + size]) for start in starts)
+        return self._alternate(jobs, arrays, size)
+
+    def carry(self, blocks: Iterator[tuple[Array, ...]], size: int) -> Iterator[tuple[Array, ...]]:
+        first = next(blocks, None)
+        if first is None:
+            return iter(())
+        jobs = ((block, numpy.arange(len(block[0]))) for block in chain([first], blocks))
+        return self._alternate(jobs, first, size)
+
+    def _alternate(
+        self, jobs: Iterable[tuple[tuple[Array, ...], Array]], like: tuple[Array, ...], size: int
+    ) -> Iterator[tuple[Array, ...]]:
+        """Rows of host arrays, by two buffers of `size` rows for arrays like these."""
+        cupy, jobs = self._cupy, iter(jobs)
         compute, copies = cupy.cuda.get_current_stream(), cupy.cuda.Stream(non_blocking=True)
-        slots = [_Slot(cupy, arrays, size) for _ in range(2)]
+        slots = [_Slot(cupy, like, size) for _ in range(2)]
         # What the pool hands out may still be in use by work queued earlier.
         copies.wait_event(compute.record())
 
         def fill(number: int) -> _Slot | None:
-            rows = index[number * size : (number + 1) * size]
-            if not len(rows):
+            job = next(jobs, None)
+            if job is None:
                 return None
             slot = slots[number % 2]
-            slot.fill(arrays, rows, copies)
+            slot.fill(*job, copies)
             return slot
 
         try:
@@ -180,3 +215,27 @@ def pynvml_error() -> type[BaseException]:
     """The class of NVML's errors; one that is never raised where pynvml is not installed."""
     pynvml = sys.modules.get("pynvml")
     return pynvml.NVMLError if pynvml is not None else ImportError
+
+
+def host_free() -> int | None:
+    """Bytes of the machine's memory that can be had, within a container's limit.
+
+    None where the system does not tell.
+    """
+    found = []
+    try:
+        text = Path("/proc/meminfo").read_text()
+        found.append(int(text.split("MemAvailable:")[1].split()[0]) * 1024)
+    except (OSError, IndexError, ValueError):
+        pass
+    groups = Path("/sys/fs/cgroup")
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit = int((groups / most).read_text())
+            found.append(max(limit - int((groups / used).read_text()), 0))
+        except (OSError, ValueError):  # none, or "max"
+            pass
+    return min(found, default=None)

@@ -221,7 +221,7 @@ class WhitenedSVD(_OnePart):
         ops, xp = problem.ops, problem.ops.xp
         if self.scaling == "full":
             return _reconstructed(problem, structure, xp.arange(0))
-        (squares,) = problem.sum_over_rows(lambda X, Y, Z: (xp.square(X).sum(axis=0),))
+        (squares,) = problem.sum_over_rows(lambda X, Y, Z: (xp.square(X).sum(axis=0),), wants="X")
         scale = xp.sqrt(squares + problem.rho)[None]
         scaled, U = low_rank_projection(ops, problem.W * scale, structure.k)
         M = scaled / scale

@@ -290,7 +290,7 @@ def assemble(
 ) -> Decomposition:
     """The `Decomposition` of a state, on the host, in the dtype of the data."""
     ops, layer_io = problem.ops, problem.layer_io
-    dtype = layer_io.inputs.dtype
+    dtype = layer_io.dtype
     order = state.metric.order
     if order is None:
         order = ops.xp.arange(problem.width)
