@@ -66,6 +66,7 @@ ORDER = [
     "compress",
     "demo",
     "cli_inputs",
+    "batch",
     "cli",
     "__main__",
 ]
