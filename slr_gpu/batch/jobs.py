@@ -373,7 +373,7 @@ def _model(name: str, table: dict, where: str, errors: _Errors, folder: Path) ->
             errors.add(where, what, "a safetensors file", "Check the path.")
     if "data" in table:
         data = table["data"]
-        if (folder / data).exists() or data.endswith((".npy", ".npz")):
+        if data and (folder / data).exists() or data.endswith((".npy", ".npz")):
             table["data"] = str(folder / data)
             _check_arrays(folder / data, where, errors)
         else:

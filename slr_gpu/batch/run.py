@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from .workers import Worker
 
 # What is begun first, of what can be begun.
 _ORDER = ("open", "analyse", "plan", "fit", "export", "measure")
+# Seconds between two pictures of the summary while jobs are at work.
+DRAWN_S = 10.0
 _DOING = {
     "open": "looking",
     "analyse": "analysing",
@@ -171,6 +174,9 @@ class _Run:
         self.batch, self.bars = batch, bars
         self.spare = spare if places[0].gpu is not None else None
         self.summary = Summary([Outcome.of(job) for job in batch.jobs])
+        nothing = {"accuracy": None, "flops": None, "latency": None}
+        self.summary.dense = {job.model.name: dict(nothing) for job in batch.jobs}
+        self.drawn = -DRAWN_S
         self.groups: dict[str, list[Job]] = {}
         for job in batch.jobs:
             self.groups.setdefault(job.analysis, []).append(job)
@@ -182,7 +188,6 @@ class _Run:
         self.places = places
 
     def run(self) -> Summary:
-        self.summary.save(self.batch.out)
         try:
             for place in self.places:
                 self.starting.add(Worker(place))
@@ -193,8 +198,16 @@ class _Run:
         finally:
             for worker in (*self.starting, *self.idle, *self.running):
                 worker.stop()
-            self.summary.save(self.batch.out)
+            self._save(final=True)
         return self.summary
+
+    def _save(self, final: bool = False) -> None:
+        now = time.perf_counter()
+        draw = final or now - self.drawn >= DRAWN_S
+        if draw:
+            self.drawn = now
+            self.summary.draw(self.batch.out / "summary.png")
+        self.summary.save(self.batch.out / "summary.json")
 
     def _loop(self) -> None:
         while self.pending or self.running:
@@ -212,6 +225,8 @@ class _Run:
             together = [task for task in tasks if not task.alone]
             if not together and self.running:
                 return
+            if not together and self.starting:
+                return  # they take a core while they start
             if together:
                 free = {worker: self._free(worker) for worker in self.idle}
                 busy = bool(self.running or self.starting)
@@ -306,7 +321,7 @@ class _Run:
         outcome = self.summary[job.name]
         outcome.status, outcome.reason = status, reason
         self.bars.finish(outcome.line)
-        self.summary.save(self.batch.out)
+        self._save()
 
     def _take(self, task: _Task, found: Any) -> None:
         """Add what can be done now that a task is."""
@@ -323,6 +338,8 @@ class _Run:
             return
         opened = self.opened[job.analysis]
         if task.kind == "analyse":
+            names = [waiting.name for waiting in task.jobs]
+            self.summary.analyses.append({"model": job.model.name, "jobs": names, **found})
             for waiting in task.jobs:
                 self._add_fit(waiting, opened)
         elif task.kind == "plan":
@@ -337,8 +354,8 @@ class _Run:
     def _take_opened(self, jobs: list[Job], opened: Opened) -> None:
         model, first = jobs[0].model.name, jobs[0]
         self.opened[first.analysis] = opened
-        dense = {"accuracy": opened.accuracy, "flops": 2 * opened.totals["flops"], "latency": None}
-        self.summary.dense.setdefault(model, dense)
+        dense = {"accuracy": opened.accuracy, "flops": 2 * opened.totals["flops"]}
+        self.summary.dense[model].update(dense)
         for name, reason in opened.refused.items():
             self._end(next(job for job in jobs if job.name == name), "failed", reason)
         to_fit = [job for job in jobs if "fit" in opened.missing.get(job.name, ())]

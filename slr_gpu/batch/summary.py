@@ -20,7 +20,6 @@ from ..storage import save_json, write_atomically
 from .jobs import Job
 
 SCHEMA = 1
-MISSING = "not measured"
 
 
 @dataclass
@@ -101,6 +100,8 @@ class Summary:
     jobs : list of Outcome
     dense : dict of str to dict
         By model: ``accuracy``, ``flops`` and ``latency`` of the dense one.
+    analyses : list of dict
+        Those made by this run: the jobs that share it, ``seconds``, ``joules``, ``peak_bytes``.
     failures : list of str
         Of measurements, which belong to no single job.
     notes : list of str
@@ -108,6 +109,7 @@ class Summary:
 
     jobs: list[Outcome]
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
+    analyses: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -123,56 +125,49 @@ class Summary:
         """Plain JSON values."""
         return {"schema": SCHEMA, **asdict(self)}
 
-    def save(self, folder: Path) -> None:
-        """Write ``summary.json`` and, with matplotlib, ``summary.png``, atomically."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically."""
+        save_json(path, self.as_dict())
+
+    def draw(self, path: Path) -> None:
+        """Draw the picture with `plot`, or note why not."""
         try:
-            self.plot(folder / "summary.png")
+            self.plot(path)
         except BackendError as error:
-            note = f"no summary.png: {error}"
+            note = f"no {path.name}: {error}"
             self.notes += [] if note in self.notes else [note]
-        save_json(folder / "summary.json", self.as_dict())
 
     def table(self) -> Group:
-        """A rich renderable: a line a job, then what failed."""
-        table = Table(header_style="bold", pad_edge=False, box=None)
-        losses = sorted({job.output["loss"] for job in self.jobs if job.output})
-        columns = ["job", "FLOPs", "params"]
-        if any(job.accuracy is not None for job in self.jobs):
-            columns.append("accuracy")
-        columns += [f"output {'/'.join(losses)}".strip(), "ms", "speed-up", "s", "J", "GiB"]
-        for title in columns:
-            table.add_column(title, justify="left" if title == "job" else "right", overflow="fold")
-        for job in self.jobs:
-            table.add_row(*self._row(job, "accuracy" in columns))
+        """A rich renderable: a line a job, the dense models, what failed, what was not measured."""
+        rows = {job.name: _row(job) for job in self.jobs}
         for model, dense in self.dense.items():
-            accuracy = [_number(dense.get("accuracy"), ".4g")] if "accuracy" in columns else []
-            latency = _ms(dense.get("latency"))
-            row = [f"{model}, dense", "100.0 %", "100.0 %", *accuracy, "0", latency, "1"]
-            table.add_row(*row, style="dim")
+            speedup = None if dense["latency"] is None else "1"
+            rows[f"{model}, dense"] = {
+                "accuracy": _number(dense["accuracy"], ".4g"),
+                "ms (quartiles)": _ms(dense["latency"]),
+                "speed-up": speedup,
+            }
+        measured = {title for row in rows.values() for title, cell in row.items() if cell}
+        table = Table(header_style="bold", pad_edge=False, box=None)
+        widest = max(map(len, rows), default=0)
+        table.add_column("job", overflow="fold", min_width=min(widest, 20))
+        titles = [title for title in _TITLES if title in measured]
+        for title in titles:
+            table.add_column(title, justify="right", no_wrap=True)
+        for name, row in rows.items():
+            cells = [row.get(title) or "-" for title in titles] if row else []
+            failed = "" if row else f" ({self[name].status})"
+            table.add_row(name + failed, *cells)
         lines = [job.line for job in self.jobs if job.status == "failed"]
         lines += self.failures + [f"{job.name}: {n}" for job in self.jobs for n in job.notes]
         lines += self.notes
-        lines.append("- " + MISSING)
+        absent = [what for title, what in _TITLES.items() if title not in measured]
+        if absent:
+            lines.append(f"not measured: {', '.join(absent)}")
+        losses = sorted({job.output["loss"] for job in self.jobs if job.output})
+        if losses:
+            lines.append(f"output: {', '.join(losses)} against the dense model, held-out samples")
         return Group(table, Text("\n".join(["", *lines])))
-
-    def _row(self, job: Outcome, with_accuracy: bool) -> list[str]:
-        if job.status != "done":
-            return [job.name, job.status]
-        shares = [f"{job.achieved[name]:.1%}".replace("%", " %") for name in ("flops", "params")]
-        accuracy = [_number(job.accuracy, ".4g")] if with_accuracy else []
-        speedup = (job.latency or {}).get("speedup")
-        return [
-            job.name,
-            *shares,
-            *accuracy,
-            _number(job.output and job.output["value"], ".3g"),
-            _ms(job.latency),
-            "-" if speedup is None else f"{speedup['ratio']:.2f}x",
-            _number(job.seconds, ".1f"),
-            _number(job.joules, ".0f"),
-            _number(job.peak_bytes and job.peak_bytes / 2**30, ".2f"),
-        ]
 
     def print(self, console: Console | None = None) -> None:
         """Print the table."""
@@ -233,12 +228,45 @@ class Summary:
         axis.spines[["top", "right"]].set_visible(False)
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
+# Columns, and what to say where nothing of one was measured.
+_TITLES = {
+    "FLOPs": "FLOPs",
+    "params": "parameters",
+    "accuracy": "accuracy (no eval)",
+    "output": "distance of the outputs",
+    "ms (quartiles)": "latency (measure = true)",
+    "speed-up": "speed-up",
+    "s": "seconds",
+    "J": "energy",
+    "GiB": "peak memory",
+}
 
 
-def _ms(latency: dict[str, Any] | None) -> str:
+def _row(job: Outcome) -> dict[str, str | None]:
+    """Cells by title, None for what was not measured; none of a job that is not done."""
+    if job.status != "done":
+        return {}
+    speedup = (job.latency or {}).get("speedup")
+    gigabytes = None if job.peak_bytes is None else job.peak_bytes / 2**30
+    return {
+        "FLOPs": f"{job.achieved['flops']:.1%}".replace("%", " %"),
+        "params": f"{job.achieved['params']:.1%}".replace("%", " %"),
+        "accuracy": _number(job.accuracy, ".4g"),
+        "output": _number(None if job.output is None else job.output["value"], ".3g"),
+        "ms (quartiles)": _ms(job.latency),
+        "speed-up": None if speedup is None else f"{speedup['ratio']:.2f}x",
+        "s": _number(job.seconds, ".1f"),
+        "J": _number(job.joules, ".0f"),
+        "GiB": _number(gigabytes, ".2f"),
+    }
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else f"{value:{form}}"
+
+
+def _ms(latency: dict[str, Any] | None) -> str | None:
     if latency is None:
-        return "-"
+        return None
     low, middle, high = (f"{1e3 * latency[name]:.3g}" for name in ("q1_s", "median_s", "q3_s"))
     return f"{middle} ({low}-{high})"

@@ -48,6 +48,8 @@ from .devices import Meter, needed_bytes
 from .jobs import Job, ModelSource
 
 MARKER = "job.json"
+# What `Result.save` writes.
+FILES = ("model.safetensors", "plan.json", "report.json")
 CHECKPOINT = "checkpoint"
 SCHEMA = 1
 
@@ -141,14 +143,17 @@ def open_jobs(place: Place, jobs: list[Job]) -> Opened:
     return Opened(facts, needed, analysed, accuracy, totals, missing, refused)
 
 
-def analyse(place: Place, job: Job, facts: dict[str, Any]) -> None:
-    """Make the analysis that a job shares with others."""
+def analyse(place: Place, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
+    """Make the analysis that a job shares with others; what it took."""
     store, settings = place.analysis(job, facts), job.settings
-    prepared = _prepare_again(job, place.device, facts)
-    layers = store.part("layers")
-    analysis = measure(prepared, settings.allocation, settings.loss, None, layers)
+    began, layers = time.perf_counter(), store.part("layers")
+    with Meter(place.gpu) as meter:
+        prepared = _prepare_again(job, place.device, facts)
+        analysis = measure(prepared, settings.allocation, settings.loss, None, layers)
     analysis.save(store.path("analysis", ".json"))
     shutil.rmtree(layers.folder, ignore_errors=True)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "joules": meter.joules, "peak_bytes": meter.peak_bytes}
 
 
 def plan(place: Place, job: Job, facts: dict[str, Any]) -> None:
@@ -282,6 +287,9 @@ def _prepare_again(job: Job, device: str, facts: dict[str, Any]) -> Prepared:
 def _missing(place: Place, job: Job, prepared: Prepared, facts: dict[str, Any]) -> set[str]:
     """The steps that a job still needs; an error if it cannot be done."""
     folder = place.job(job)
+    for name in (MARKER, *FILES):  # of a run that was killed while it wrote
+        for path in folder.glob(f".{name}.*"):
+            path.unlink()
     marker, begun = _marker(folder), folder / CHECKPOINT / "fingerprint.json"
     before = None
     if marker is not None:
@@ -381,7 +389,7 @@ def _load_analysis(place: Place, job: Job, facts: dict[str, Any]) -> Analysis:
 
 def _marker(folder: Path) -> dict[str, Any] | None:
     path = folder / MARKER
-    if not path.exists():
+    if not all((folder / name).exists() for name in (MARKER, *FILES)):
         return None
     marker = load_json(path)
     if not isinstance(marker, dict) or marker.get("schema") != SCHEMA:
