@@ -176,7 +176,7 @@ class _Run:
         self.summary = Summary([Outcome.of(job) for job in batch.jobs])
         nothing = {"accuracy": None, "flops": None, "latency": None}
         self.summary.dense = {job.model.name: dict(nothing) for job in batch.jobs}
-        self.drawn = -DRAWN_S
+        self.drawn = time.perf_counter()
         self.groups: dict[str, list[Job]] = {}
         for job in batch.jobs:
             self.groups.setdefault(job.analysis, []).append(job)
@@ -218,6 +218,8 @@ class _Run:
 
     def _begin(self) -> None:
         """Give idle workers what can be begun now."""
+        if self.pending and not (self.idle or self.running or self.starting):
+            self.starting.add(Worker(self.places[0]))
         while self.idle and self.pending:
             if any(task.alone for task in self.running.values()):
                 return
@@ -276,9 +278,10 @@ class _Run:
             if began:
                 self._without(worker, content)
             else:
-                self.starting.add(Worker(worker.place))
                 if task is not None:
                     self._fail(task, content)
+                if self.pending:
+                    self.starting.add(Worker(worker.place))
         else:
             del self.running[worker]
             self.idle.append(worker)
@@ -307,6 +310,7 @@ class _Run:
                 complain(f"no worker on {where}: {reason}", "a device that works", "See doctor.")
             )
         self.bars.say("on the CPU instead")
+        self.places = [self.spare]
         self.starting.add(Worker(self.spare))
 
     def _fail(self, task: _Task, reason: str) -> None:
