@@ -28,6 +28,7 @@ from slr_gpu.batch.work import Place
 from slr_gpu.cli import app
 from slr_gpu.errors import BackendError, InputError
 from slr_gpu.prepare import Prepared, Settings
+from slr_gpu.progress import JobBars, progress_bar, reported_to
 
 NETS = """
 import os, signal
@@ -338,7 +339,7 @@ def nvml(monkeypatch):
 
 def test_gpus_that_nvml_tells_of(nvml, monkeypatch):
     assert list_gpus() == [Gpu(f"GPU-{i}", f"device {i}") for i in range(3)]
-    assert [free_bytes(gpu) for gpu in list_gpus()] == [100, 0, 102]
+    assert [free_bytes(gpu.uuid) for gpu in list_gpus()] == [100, None, 102]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-0")
     assert [gpu.uuid for gpu in list_gpus()] == ["GPU-2", "GPU-0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
@@ -350,7 +351,7 @@ def test_gpus_that_nvml_tells_of(nvml, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(BackendError, match="extra cuda13"):
         list_gpus()
-    assert free_bytes(Gpu("GPU-0", "")) == 0
+    assert free_bytes("GPU-0") is None
 
 
 def test_energy_and_memory_are_measured_or_absent(nvml):
@@ -623,7 +624,7 @@ def test_what_is_timed_runs_alone_and_last(fake, monkeypatch):
 
 def test_jobs_go_where_there_is_memory(fake, nvml, monkeypatch):
     free = {"GPU-0": 20, "GPU-1": 0, "GPU-2": 60}
-    monkeypatch.setattr(runs, "free_bytes", lambda gpu: free[gpu.uuid])
+    monkeypatch.setattr(runs, "free_bytes", free.__getitem__)
     summary = runs.run_batch(batch(SIX), progress=False)
     assert summary.ok
     for kind, names, gpu, _ in fake.log:
@@ -669,6 +670,7 @@ def test_gpus_that_do_not_work(fake, nvml, capsys):
     fake.answers["start cuda"] = ("broken", "no CuPy")
     summary = runs.run_batch(batch(SIX))
     assert summary.ok and {gpu for _, _, gpu, _ in fake.log} == {None}
+    assert fake.all[-1].place.threads == len(os.sched_getaffinity(0))
     said = capsys.readouterr().err
     assert said.count("no CuPy") == 3 and "on the CPU instead" in said
     with pytest.raises(BackendError, match="no CuPy"):
@@ -681,6 +683,24 @@ def test_one_run_a_folder(fake):
     with runs._lock(found.out), pytest.raises(InputError, match="another batch"):
         runs.run_batch(found, device="cpu", progress=False)
     assert runs.run_batch(found, device="cpu", progress=False).ok
+
+
+def test_progress_is_handed_on():
+    heard = []
+    with reported_to(lambda *step: heard.append(step)), progress_bar("a", 1000) as advance:
+        for _ in range(1000):
+            advance()
+        advance(0, description="b")
+    assert heard[0] == ("a", 0, 1000) and heard[-2:] == [("a", 1000, 1000), ("b", 1000, 1000)]
+    assert len(heard) < 100
+
+
+def test_on_a_pipe_there_is_a_line_a_job(capsys):
+    with JobBars(2) as bars:
+        bars.update("worker", "job [red]: fitting", 1, 3)
+        bars.finish("job [red]: done")
+        bars.remove("worker")
+    assert capsys.readouterr() == ("", "job [red]: done\n")
 
 
 # -- processes ------------------------------------------------------------------------------------

@@ -99,14 +99,14 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def free_bytes(gpu: Gpu) -> int:
-    """Free memory of a device; 0 where it does not tell."""
+def free_bytes(uuid: str) -> int | None:
+    """Free memory of a device, where it tells."""
     try:
         with _nvml() as nvml:
-            handle = nvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
+            handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
             return int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
     except (ImportError, pynvml_error()):
-        return 0
+        return None
 
 
 def needed_bytes(prepared: Prepared) -> int:
@@ -130,7 +130,7 @@ def needed_bytes(prepared: Prepared) -> int:
 
 
 def choose_device(
-    needs: Sequence[int], free: Mapping[Any, int], busy: bool
+    needs: Sequence[int], free: Mapping[Any, float], busy: bool
 ) -> tuple[int, Any] | None:
     """Which job goes to which idle device now.
 
@@ -141,8 +141,8 @@ def choose_device(
     ----------
     needs : sequence of int
         Bytes, in the order of the jobs.
-    free : mapping of device to int
-        Bytes free on idle ones.
+    free : mapping of device to float
+        Bytes free on idle ones; infinite where that is not known.
     busy : bool
         Whether others are at work.
     """

@@ -41,9 +41,8 @@ import itertools
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -65,6 +64,7 @@ from ..refine import Refinement
 from ..runtime.layer_timing import check_runtime
 from ..sensitivity import check_solver
 from ..solvers import Solver
+from .schema import Errors, of_table
 
 # Names in the folder of results that no job may have.
 RESERVED = ("analyses", "latency", "summary.json", "summary.png", "lock")
@@ -102,15 +102,6 @@ _TOP = {
     "budgets": list,
     "settings": list,
     "exclude": list,
-}
-_WORDS = {
-    str: "a string",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "a table",
-    list: "a list",
-    list[str]: "a list of strings",
 }
 
 
@@ -206,53 +197,6 @@ class Batch:
     measure: LatencyTarget | None = None
 
 
-class _Errors:
-    """Messages gathered instead of raised."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def add(self, where: str, got: object, expected: str, remedy: str) -> None:
-        self.messages.append(f"{where}: {complain(got, expected, remedy)}")
-
-    @contextmanager
-    def at(self, where: str) -> Iterator[None]:
-        """Gather what the package's own checks raise."""
-        try:
-            yield
-        except SLRError as error:
-            self.messages.append(f"{where}: {error}")
-
-    def typed(self, where: str, table: Any, types: dict[str, Any], required: tuple = ()) -> dict:
-        """The entries of a table that are known and of the right type."""
-        if not isinstance(table, dict):
-            self.add(where, repr(table), "a table", "Write [[...]] and its keys below.")
-            return {}
-        good = {}
-        for key, value in table.items():
-            if key not in types:
-                self.add(where, f"the key {key!r}", f"one of {', '.join(types)}", "Check it.")
-                continue
-            wanted = types[key] if isinstance(types[key], tuple) else (types[key],)
-            if any(_is(value, kind) for kind in wanted):
-                good[key] = value
-            else:
-                words = " or ".join(_WORDS[kind] for kind in wanted)
-                self.add(where, f"{key} = {value!r}", words, "Check the type.")
-        for key in required:
-            if key not in table:
-                self.add(where, f"no {key}", f"{key} = {_WORDS[types[key]]}", "Add it.")
-        return good
-
-
-def _is(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    if kind == list[str]:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
 def read_jobs(path: str | Path) -> Batch:
     """Read and check a file of jobs.
 
@@ -268,7 +212,7 @@ def read_jobs(path: str | Path) -> Batch:
         raise InputError(
             complain(f"{path}: {error}", "a TOML file of jobs", "See slr-gpu batch --help.")
         ) from error
-    errors = _Errors()
+    errors = Errors()
     folder = path.resolve().parent
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
@@ -333,8 +277,8 @@ def read_jobs(path: str | Path) -> Batch:
 def _named(
     tables: list,
     kind: str,
-    errors: _Errors,
-    make: Callable[[str, dict, str, _Errors], Any],
+    errors: Errors,
+    make: Callable[[str, dict, str, Errors], Any],
     types: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What is made of a list of tables, by their names; None for those that have errors."""
@@ -356,7 +300,7 @@ def _named(
     return made
 
 
-def _model(name: str, table: dict, where: str, errors: _Errors, folder: Path) -> ModelSource:
+def _model(name: str, table: dict, where: str, errors: Errors, folder: Path) -> ModelSource:
     for key in ("model", "eval"):
         if key in table:
             with errors.at(where):
@@ -382,7 +326,7 @@ def _model(name: str, table: dict, where: str, errors: _Errors, folder: Path) ->
     return ModelSource(name, **{"model": "", "data": "", **table})
 
 
-def _check_arrays(path: Path, where: str, errors: _Errors) -> None:
+def _check_arrays(path: Path, where: str, errors: Errors) -> None:
     try:
         if path.suffix in (".npy", ".npz"):
             np.load(path, mmap_mode="r", allow_pickle=False)
@@ -390,7 +334,7 @@ def _check_arrays(path: Path, where: str, errors: _Errors) -> None:
         errors.add(where, f"data = {str(path)!r}: {error}", "a whole file", "Check the path.")
 
 
-def _budget(name: str, table: dict, where: str, errors: _Errors) -> dict[str, float] | None:
+def _budget(name: str, table: dict, where: str, errors: Errors) -> dict[str, float] | None:
     keep = None
     if "keep" in table:
         with errors.at(where):
@@ -398,11 +342,11 @@ def _budget(name: str, table: dict, where: str, errors: _Errors) -> dict[str, fl
     return keep
 
 
-def _measurement(value: bool | dict, errors: _Errors) -> LatencyTarget | None:
+def _measurement(value: bool | dict, errors: Errors) -> LatencyTarget | None:
     if value is False:
         return None
     with errors.at("measure"):
-        measure = _of_table(LatencyTarget, {} if value is True else value)
+        measure = of_table(LatencyTarget, {} if value is True else value)
         check_target("model.onnx")
         check_runtime(measure.runtime)
         return measure
@@ -410,7 +354,7 @@ def _measurement(value: bool | dict, errors: _Errors) -> LatencyTarget | None:
 
 
 def _settings(
-    name: str, table: dict, where: str, errors: _Errors, measure: LatencyTarget | None
+    name: str, table: dict, where: str, errors: Errors, measure: LatencyTarget | None
 ) -> JobSettings | None:
     """The settings of one name, each part checked by what it is for."""
     table, before = dict(table), len(errors.messages)
@@ -418,15 +362,15 @@ def _settings(
     with errors.at(f"{where}, refine"):
         refine = table.pop("refine", False)
         if isinstance(refine, dict):
-            refine = _of_table(Refinement, refine)
+            refine = of_table(Refinement, refine)
         options["refinement"] = Refinement.of(refine)
     with errors.at(f"{where}, latency"):
-        options["latency"] = _of_table(LatencyTarget, table.pop("latency", {}))
+        options["latency"] = of_table(LatencyTarget, table.pop("latency", {}))
     with errors.at(f"{where}, solver"):
         solver = table.pop("solver", "majorize")
         solver = {"name": solver} if isinstance(solver, str) else dict(solver)
         known = make_solver(str(solver.pop("name", "")))
-        solver = _of_table(type(known), solver)
+        solver = of_table(type(known), solver)
     export = table.pop("export", [])
     if measure is not None and not any(file.endswith(".onnx") for file in export):
         export = [*export, "model.onnx"]
@@ -458,22 +402,6 @@ def _settings(
         check_solver(prepared, check_allocation(allocation))
         return JobSettings(name, prepared, allocation, **options)
     return None
-
-
-def _of_table(kind: type, table: dict) -> Any:
-    """A dataclass from its fields by name, each of the type of its default."""
-    known = {f.name: f.default for f in fields(kind) if f.name != "cache"}
-    values = {}
-    for name, value in table.items():
-        if name not in known:
-            raise InputError(complain(name, f"one of {', '.join(known)}", "Check the name."))
-        value = tuple(value) if isinstance(value, list) else value
-        wanted = type(known[name])
-        if known[name] is not None and not _is(value, wanted):
-            words = _WORDS.get(wanted, "a list")
-            raise InputError(complain(f"{name} = {value!r}", words, "Check the type."))
-        values[name] = value
-    return kind(**values)
 
 
 def _prepared(solver: Solver, table: dict) -> Settings:

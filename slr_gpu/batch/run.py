@@ -9,6 +9,7 @@ killed, fails the jobs that need it and no others; the next run tries them again
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 from ..errors import BackendError, InputError, complain
 from ..progress import JobBars
-from .devices import Gpu, choose_device, free_bytes, list_gpus
+from .devices import choose_device, free_bytes, list_gpus
 from .jobs import Batch, Job, read_jobs
 from .summary import Outcome, Summary
 from .work import Opened, Place
@@ -111,12 +112,11 @@ def run_batch(
     with _lock(batch.out), JobBars(len(batch.jobs), show=progress) as bars:
         if note:
             bars.say(note)
-        places = [
-            replace(p, out=batch.out, folder=batch.folder, force=force)
-            for p in places[: len(batch.jobs)]
-        ]
-        spare = replace(places[0], device="cpu", gpu=None) if device == "auto" else None
-        return _Run(batch, places, spare, bars).run()
+        spare = _places("cpu", None)[0] if device == "auto" else []
+        chosen = [*places[: len(batch.jobs)], *spare]
+        chosen = [replace(p, out=batch.out, folder=batch.folder, force=force) for p in chosen]
+        spare = chosen.pop() if spare else None
+        return _Run(batch, chosen, spare, bars).run()
 
 
 def _places(device: str, workers: int | None) -> tuple[list[Place], str]:
@@ -184,7 +184,7 @@ class _Run:
         self.pending = [_Task("open", jobs, (jobs,)) for jobs in self.groups.values()]
         self.running: dict[Worker, _Task] = {}
         self.idle: list[Worker] = []
-        self.starting = set()
+        self.starting: set[Worker] = set()
         self.places = places
 
     def run(self) -> Summary:
@@ -252,8 +252,8 @@ class _Run:
             self.bars.update(worker, f"{task.label}: {_DOING[task.kind]}")
 
     def _free(self, worker: Worker) -> float:
-        gpu = worker.place.gpu
-        return float("inf") if gpu is None else free_bytes(Gpu(gpu, ""))
+        known = None if worker.place.gpu is None else free_bytes(worker.place.gpu)
+        return math.inf if known is None else known
 
     def _note(self, task: _Task, free: float) -> None:
         note = f"needs about {task.needed / 2**30:.1f} GiB, had {free / 2**30:.1f} GiB"

@@ -49,7 +49,7 @@ class Worker:
         self.place = place
         context = multiprocessing.get_context(START)
         self.connection, end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(end, place), daemon=True)
+        self._process = context.Process(target=_serve, args=(end, place))
         with _inherited(place):
             self._process.start()
         end.close()
