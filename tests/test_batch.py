@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -16,12 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import slr_gpu
+from slr_gpu.batch import Outcome, Summary, read_jobs, work
 from slr_gpu.batch import jobs as job_files
-from slr_gpu.batch import read_jobs, work
 from slr_gpu.batch import run as runs
 from slr_gpu.batch.devices import Gpu, Meter, choose_device, free_bytes, list_gpus, needed_bytes
 from slr_gpu.batch.work import Place
@@ -582,6 +584,7 @@ def fake(monkeypatch, folder):
     monkeypatch.setattr(FakeWorker, "log", [])
     monkeypatch.setattr(FakeWorker, "answers", {})
     monkeypatch.setattr(runs, "Worker", FakeWorker)
+    monkeypatch.setattr(Summary, "draw", lambda self, path: None)
     made = {"seconds": 1.0, "joules": None, "peak_bytes": None}
     marker = {
         "achieved": {"params": 0.5, "flops": 0.5},
@@ -676,6 +679,44 @@ def test_gpus_that_do_not_work(fake, nvml, capsys):
     with pytest.raises(BackendError, match="no CuPy"):
         runs.run_batch(batch(SIX), device="cuda")
     assert all(worker.stopped for worker in fake.all)
+
+
+def test_picture_and_table_show_what_was_measured(folder):
+    figure = pytest.importorskip("matplotlib.figure", reason="needs the plot extra")
+    summary = Summary([Outcome.of(job) for job in batch(SIX).jobs])
+    for number, job in enumerate(summary.jobs[:4]):
+        job.status, job.achieved = "done", {"params": 0.5, "flops": 0.6}
+        job.flops, job.output = 1_000_000 * number, {"loss": "kl", "value": 0.1 * number}
+    timed = {"median_s": 2e-3, "q1_s": 1e-3, "q3_s": 3e-3, "speedup": {"ratio": 4.0}}
+    summary.dense = {
+        "one": {"accuracy": 0.9, "flops": 9e6, "latency": {**timed, "speedup": None}},
+        "two": {"accuracy": None, "flops": 9e6, "latency": None},
+    }
+
+    def drawn(model):
+        axis = figure.Figure().subplots()
+        summary._panel(model, axis)
+        points = [tuple(map(float, p)) for line in axis.lines for p in line.get_xydata()]
+        return axis.get_xlabel(), axis.get_ylabel(), points
+
+    flops, loss = "FLOPs of one sample, millions", "output kl on held-out samples"
+    assert drawn("one") == (flops, loss, [(0.0, 0.0), (1.0, 0.1), (2.0, 0.2)])
+    assert drawn("two") == (flops, loss, [(3.0, pytest.approx(0.3))])
+    for job in summary.jobs[:3]:
+        job.accuracy, job.latency = 0.8, timed
+    wanted = [(2.0, 0.8)] * 3 + [(2.0, 0.9)]
+    assert drawn("one") == ("latency, ms", "accuracy", wanted)
+    summary.jobs[1].latency = None  # one that is not known: none is used
+    assert drawn("one")[0] == flops
+    summary.jobs[5].status, summary.jobs[5].reason = "failed", "no memory"
+    console = Console(width=120, file=io.StringIO())
+    summary.print(console)
+    text = console.file.getvalue()
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert "60.0 %" in lines["one-b5"] and "2 (1-3)" in lines["one-b5"]
+    assert "4.00x" in lines["one-b5"] and "4.00x" not in lines["one-b6"]
+    assert "two-b7: failed, no memory" in text and "two-b6 (pending)" in text
+    assert "not measured: seconds, energy, peak memory" in text
 
 
 def test_one_run_a_folder(fake):
