@@ -176,14 +176,7 @@ class Analysis:
                     "Analyze again with it.",
                 )
             )
-        if "latency" in keep and allocation in ("uniform", "pca_energy"):
-            raise InputError(
-                complain(
-                    f"a latency budget with allocation={allocation!r}",
-                    "output or response",
-                    "Seconds are not proportional to weights.",
-                )
-            )
+        check_latency(keep, allocation)
         if allocation == "uniform":
             budgets = uniform(keep, costs, self.overrides, self.totals)
         elif allocation == "pca_energy":
@@ -358,3 +351,15 @@ def check_allocation(name: str) -> str:
             complain(f"allocation={name!r}", f"one of {', '.join(ALLOCATIONS)}", "Check the name.")
         )
     return name
+
+
+def check_latency(keep: dict[str, float], allocation: str) -> None:
+    """InputError for a latency budget with an allocation by weights."""
+    if "latency" in keep and allocation in ("uniform", "pca_energy"):
+        raise InputError(
+            complain(
+                f"a latency budget with allocation={allocation!r}",
+                "output or response",
+                "Seconds are not proportional to weights.",
+            )
+        )

@@ -104,7 +104,7 @@ class Store:
             store.clear()
         path = store.folder / _FACTS
         if path.exists():
-            changed = _changes(load_json(path), facts)
+            changed = changes(load_json(path), facts)
             if changed:
                 raise InputError(
                     complain(
@@ -170,13 +170,13 @@ class Store:
         return made
 
 
-def _changes(before: Any, now: Any, name: str = "") -> list[str]:
+def changes(before: Any, now: Any, name: str = "") -> list[str]:
     """What differs between facts, by name; only values that a reader can tell apart are shown."""
     if before == now:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
         names = sorted({*before, *now})
         prefix = f"{name}." if name else ""
-        return [c for n in names for c in _changes(before.get(n), now.get(n), prefix + n)]
+        return [c for n in names for c in changes(before.get(n), now.get(n), prefix + n)]
     values = f"{name} was {before!r}, now {now!r}"
     return [values if len(values) <= 200 and name not in _HASHED else f"{name} differs"]

@@ -1,4 +1,4 @@
-"""The command line: ``slr-gpu demo | compress | analyze | allocate | apply | bench | doctor``.
+"""The command line: ``slr-gpu demo | compress | analyze | allocate | apply | batch | bench | doctor``.
 
 In: arguments. Out: tables on standard output, files in a folder, exit status 1 with one clear
 message when the input cannot be worked with.
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from .cli_inputs import clear_errors, import_object, load_data, load_model, make_solver, parse_keep
 from .errors import BackendError, InputError, complain
@@ -263,6 +264,35 @@ def _write_plan(plan: Any, path: Path, picture: Path | None) -> None:
     if picture is not None:
         plan.plot(picture)
         Console().print(f"written: {picture}")
+
+
+class _WithSchema(TyperCommand):
+    """A command whose help ends with what its file looks like."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from .batch import jobs
+
+        super().format_help(ctx, formatter)
+        formatter.write(f"{jobs.__doc__}")
+
+
+@app.command(cls=_WithSchema)
+def batch(
+    jobs: Annotated[Path, typer.Argument(help="TOML file of jobs.")],
+    device: Annotated[str, typer.Option(help="auto, cuda (a worker a GPU) or cpu.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="On the CPU; by default 1.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace results of other models, data or settings.")
+    ] = False,
+) -> None:
+    """Do all jobs of a file, models x budgets x settings; run again, only what is missing."""
+    with clear_errors():
+        from .batch import run_batch
+
+        summary = run_batch(jobs, device=device, workers=workers, force=force)
+    summary.print()
+    if not summary.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .adapters import adapter_for
-from .analysis import check_allocation
+from .analysis import Analysis, check_allocation
 from .budget import check_keep, check_reachable
 from .capture import Frontier, full_precision, layer_parts, response_energies
 from .checkpoint import Store, fingerprint
@@ -161,7 +161,7 @@ def compress(
         latency = latency or LatencyTarget()
         check_runtime(latency.runtime)
     prepared = Prepared(model, calibration_data, settings, device)
-    _check_reachable(prepared, keep, allocation)
+    check_budget(prepared, keep, allocation)
     facts = {
         "keep": keep,
         "allocation": allocation,
@@ -175,16 +175,12 @@ def compress(
     if done is None:
         part = None if store is None else store.part("analysis")
         analysis = measure(prepared, allocation, loss, eval_fn, part, progress)
-        if "latency" in keep:
-            add_latency(prepared, analysis, latency)
-            plan = allocate_measured(prepared, analysis, keep, latency)[0]
-        else:
-            plan = analysis.allocate(keep)
+        plan = make_plan(prepared, analysis, keep, latency)
         if store is not None:
             store.save_json("plan", plan.as_dict())
     else:
         plan = Plan.from_dict(done)
-    result = _apply(prepared, plan, loss, refinement, store, progress)
+    result = carry_out(prepared, plan, loss, refinement, store, progress)
     if latency is not None:
         result.report.latency = measured_latency(prepared, result.model, latency)
         result.report.latency["predicted"] = plan.achieved.get("latency")
@@ -233,7 +229,7 @@ def apply(
         "refine": None if refinement is None else refinement.as_dict(),
     }
     store = _open(prepared, checkpoint, facts, resume)
-    result = _apply(prepared, plan, loss, refinement, store, progress)
+    result = carry_out(prepared, plan, loss, refinement, store, progress)
     result.report.seconds = time.perf_counter() - began
     return result
 
@@ -250,7 +246,7 @@ def _open(
     return Store.open(checkpoint, fingerprint(prepared) | facts, resume=resume)
 
 
-def _check_reachable(prepared: Prepared, keep: dict[str, float], allocation: str) -> None:
+def check_budget(prepared: Prepared, keep: dict[str, float], allocation: str) -> None:
     """Refuse what cannot be met before anything is measured."""
     costs = list(prepared.costs.values())
     if allocation in ("uniform", "pca_energy") and "latency" not in keep:
@@ -281,7 +277,17 @@ def _check_plan(prepared: Prepared, plan: Plan) -> None:
         layer.check(prepared.costs[layer.name], prepared.settings.solver.forms)
 
 
-def _apply(
+def make_plan(
+    prepared: Prepared, analysis: Analysis, keep: dict[str, float], latency: LatencyTarget | None
+) -> Plan:
+    """Spend a budget by an analysis; for one of latency, layers and models are timed first."""
+    if "latency" not in keep:
+        return analysis.allocate(keep)
+    add_latency(prepared, analysis, latency)
+    return allocate_measured(prepared, analysis, keep, latency)[0]
+
+
+def carry_out(
     prepared: Prepared,
     plan: Plan,
     loss: str,
@@ -289,6 +295,7 @@ def _apply(
     store: Store | None,
     progress: bool,
 ) -> Result:
+    """What `apply` does, for a model that is prepared and whose ``work`` is not changed yet."""
     work, settings = prepared.work, prepared.settings
     planned = {layer.name: layer for layer in plan.layers if layer.form != "dense"}
     chosen = [site for site in prepared.chosen if site.name in planned]

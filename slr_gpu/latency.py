@@ -74,6 +74,12 @@ class LatencyTarget:
     cache: str | Path | None = None
     time_limit_s: float = 60.0
 
+    def __post_init__(self) -> None:
+        for name in ("threads", "time_limit_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise InputError(complain(f"{name}={value!r}", "a number > 0", "Raise it."))
+
     def as_dict(self) -> dict[str, Any]:
         """What decides the seconds, as JSON values."""
         return {"runtime": self.runtime, "threads": self.threads}

@@ -1,20 +1,29 @@
 """Progress bars that appear on a terminal once the work has taken two seconds.
 
-In: what is being done and how much of it there is. Out: a function to call as it gets done.
+In: what is being done and how much of it there is. Out: a function to call as it gets done. A
+process that works for another one hands its bars on with `reported_to`; `JobBars` shows those of
+many.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
+# Called with what is being done, how much of it is done and how much there is.
+Listener = Callable[[str, float, float], None]
 
 DELAY_S = 2.0
+# A listener hears of steps this far apart at most.
+REPORTED_S = 0.1
+
+_listeners: list[Listener] = []
 
 
 @contextmanager
@@ -26,16 +35,11 @@ def progress_bar(description: str, total: float, *, show: bool = True) -> Iterat
     advance : callable
         ``advance(amount=1, description=None)``.
     """
+    if _listeners:
+        yield _reporter(_listeners[-1], description, total)
+        return
     console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+    bar = _progress(console)
     task = bar.add_task(description, total=total)
     began, started = time.perf_counter(), False
     # On a pipe there is nothing to animate.
@@ -56,3 +60,92 @@ def progress_bar(description: str, total: float, *, show: bool = True) -> Iterat
     finally:
         if started:
             bar.stop()
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+@contextmanager
+def reported_to(listener: Listener) -> Iterator[None]:
+    """Inside, bars are not drawn: the listener is told instead."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def _reporter(listener: Listener, description: str, total: float) -> Advance:
+    done, last, what = 0.0, -REPORTED_S, description
+
+    def advance(amount: float = 1, description: str | None = None) -> None:
+        nonlocal done, last, what
+        done, what = done + amount, description or what
+        now = time.perf_counter()
+        if description is not None or now - last >= REPORTED_S or done >= total:
+            last = now
+            listener(what, done, total)
+
+    advance(0, description)
+    return advance
+
+
+class JobBars:
+    """A bar for each running job and one for all, on standard error.
+
+    On a pipe there are only the lines that `finish` is given.
+
+    Parameters
+    ----------
+    total : int
+        Jobs.
+    show : bool
+    """
+
+    def __init__(self, total: int, *, show: bool = True) -> None:
+        console = Console(stderr=True, quiet=not show)
+        self._progress = _progress(console)
+        self._all = self._progress.add_task("all jobs", total=total)
+        self._tasks: dict[Hashable, int] = {}
+        self._show = show and console.is_terminal
+
+    def __enter__(self) -> JobBars:
+        if self._show:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._show:
+            self._progress.stop()
+
+    def update(self, key: Hashable, description: str, done: float = 0, total: float = 1) -> None:
+        """Show how far a job has come."""
+        description = escape(description)
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(description, total=total)
+        self._progress.update(
+            self._tasks[key], description=description, completed=done, total=total
+        )
+
+    def remove(self, key: Hashable) -> None:
+        """Take away the bar of a job."""
+        if key in self._tasks:
+            self._progress.remove_task(self._tasks.pop(key))
+
+    def finish(self, line: str) -> None:
+        """Count one more job as finished and say how it ended."""
+        self._progress.advance(self._all)
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(escape(line), highlight=False, soft_wrap=True)

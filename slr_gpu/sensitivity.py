@@ -123,14 +123,7 @@ def measure(
         allocation,
     )
     curves = allocation in ("response", "output")
-    if curves and not prepared.settings.solver.takes_structures:
-        raise InputError(
-            complain(
-                f"allocation={allocation!r} with the solver {prepared.settings.solver.name}",
-                "uniform or pca_energy: this solver chooses its own structures",
-                "Leave allocation out.",
-            )
-        )
+    check_solver(prepared.settings, allocation)
     if allocation == "uniform":
         return analysis
     count = len(prepared.chosen)
@@ -162,6 +155,18 @@ def measure(
                 layer.points, layer.effects = measured.points, measured.effects
             advance(1)
     return analysis
+
+
+def check_solver(settings: Settings, allocation: str) -> None:
+    """InputError for an allocation by structures with a solver that chooses its own."""
+    if allocation in ("response", "output") and not settings.solver.takes_structures:
+        raise InputError(
+            complain(
+                f"allocation={allocation!r} with the solver {settings.solver.name}",
+                "uniform or pca_energy: this solver chooses its own structures",
+                "Leave allocation out.",
+            )
+        )
 
 
 def _measure(
@@ -251,9 +256,8 @@ class _Judge:
         if eval_fn is not None:
             self.loss, self.before = "eval_fn", float(eval_fn(self.model))
             return
-        batches = held_out_batches(prepared.batches, prepared.settings.held_out)[1]
         names = [site.name for site in prepared.chosen]
-        self.frontier = Frontier(self.model, _first(batches, JUDGES), names)
+        self.frontier = Frontier(self.model, judging_batches(prepared), names)
         with torch.no_grad():
             self.wanted = [run_model(self.model, batch) for batch in self.frontier.batches]
         self.loss = choose_loss(loss, self.wanted[0])
@@ -269,6 +273,11 @@ class _Judge:
         for _ in self.frontier.inputs(name):
             pass
         return mean_loss(self.loss, self.wanted, self.frontier.outputs(name, replaced))
+
+
+def judging_batches(prepared: Prepared) -> list[Batch]:
+    """Held-out samples, at most about `JUDGES`, on which whole models are compared."""
+    return _first(held_out_batches(prepared.batches, prepared.settings.held_out)[1], JUDGES)
 
 
 def held_out_batches(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:

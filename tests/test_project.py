@@ -69,6 +69,7 @@ ORDER = [
     "compress",
     "demo",
     "cli_inputs",
+    "batch",
     "cli",
     "__main__",
 ]
