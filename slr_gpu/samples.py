@@ -27,8 +27,6 @@ Array = Any
 BLOCK = 8192
 # Most rows a block on a device.
 LARGEST_BLOCK = 65_536
-# Bytes of rows that are turned into a basis at once on the CPU.
-PIECE_BYTES = 2**20
 # A block that does not fit is halved down to this.
 SMALLEST_BLOCK = 64
 
@@ -37,18 +35,9 @@ def to_basis(xp: Any, array: Array, basis: Array, taps: int) -> Array:
     """``array Eᵀ`` for E = basis ⊗ I_taps, basis (r, c), and rows of c * taps columns."""
     # Taps first for one large GEMM; a batch of (r, c) x (c, taps) products is far slower.
     P, (r, groups) = len(array), basis.shape
-    across = basis.astype(array.dtype).T
-    # The CPU moves the taps there and back in pieces that its cache holds.
-    rows = max(1, P)
-    if isinstance(array, numpy.ndarray) and array.nbytes > PIECE_BYTES:
-        rows = max(1, PIECE_BYTES * P // array.nbytes)
-    turned = xp.empty((P, r, taps), array.dtype)
-    for start in range(0, P, rows):
-        part = array[start : start + rows]
-        taps_first = part.reshape(-1, groups, taps).transpose(0, 2, 1).reshape(-1, groups)
-        back = (taps_first @ across).reshape(-1, taps, r).transpose(0, 2, 1)
-        turned[start : start + rows] = back
-    return turned.reshape(P, r * taps)
+    taps_first = array.reshape(P, groups, taps).transpose(0, 2, 1)
+    turned = taps_first.reshape(P * taps, groups) @ basis.astype(array.dtype).T
+    return turned.reshape(P, taps, r).transpose(0, 2, 1).reshape(P, r * taps)
 
 
 class Samples:

@@ -28,6 +28,8 @@ Array = Any
 KEPT_BYTES = 256 * 2**20
 # About so many fitted rows are kept for rough estimates.
 ESTIMATE_ROWS = 2048
+# Rows between two gaps from which on they are copied as a run.
+RUN = 64
 
 
 class Roles:
@@ -253,9 +255,12 @@ class StreamedSamples(Samples):
                 buffers = [numpy.empty((size, a.shape[1]), self.dtype) for a in taken]
             while low < high:
                 count = min(high - low, size - filled)
-                rows, place = index[low : low + count] - start, slice(filled, filled + count)
-                if rows[-1] - rows[0] == count - 1:
-                    rows = slice(rows[0], rows[-1] + 1)
+                rows = index[low : low + count] - start
+                gaps = numpy.flatnonzero(numpy.diff(rows) > 1)
+                if len(gaps) * RUN <= count:  # long runs one by one, without a gather
+                    count = int(gaps[0]) + 1 if len(gaps) else count
+                    rows = slice(rows[0], rows[0] + count)
+                place = slice(filled, filled + count)
                 for buffer, array, mean in zip(buffers, taken, means, strict=True):
                     if mean is None:
                         buffer[place] = array[rows]
