@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .cli_inputs import clear_errors, import_object, load_data, load_model, make_solver, parse_keep
 from .errors import BackendError, InputError, complain
+from .parallel import ranks
 
 app = typer.Typer(
     add_completion=False,
@@ -111,25 +112,28 @@ def compress(
 
         _check_export(export, runtime)
         budget, chosen = parse_keep(keep), make_solver(solver)
-        result = run(
-            load_model(model, weights),
-            load_data(data),
-            budget,
-            form=form,
-            solver=chosen,
-            objective=objective,
-            allocation=allocation,
-            samples=samples,
-            ignore=ignore,
-            keep_ends=keep_ends,
-            asymmetric=asymmetric,
-            seed=seed,
-            refine=refine,
-            checkpoint=out / _CHECKPOINT,
-            resume=resume,
-            device=device,
-        )
-        _write(result, out, export, runtime, threads)
+        with ranks(device) as group:
+            result = run(
+                load_model(model, weights),
+                load_data(data),
+                budget,
+                form=form,
+                solver=chosen,
+                objective=objective,
+                allocation=allocation,
+                samples=samples,
+                ignore=ignore,
+                keep_ends=keep_ends,
+                asymmetric=asymmetric,
+                seed=seed,
+                refine=refine,
+                checkpoint=out / _CHECKPOINT,
+                resume=resume,
+                device=device,
+                group=group,
+            )
+        if group.rank == 0:
+            _write(result, out, export, runtime, threads)
 
 
 @app.command()
@@ -156,21 +160,25 @@ def analyze(
         from .sensitivity import analyze as run
 
         budget = None if keep is None else parse_keep(keep)
-        analysis = run(
-            load_model(model, weights),
-            load_data(data),
-            allocation=allocation or "output",
-            form=form,
-            solver=make_solver(solver),
-            objective=objective,
-            samples=samples,
-            ignore=tuple(ignore),
-            keep_ends=keep_ends,
-            asymmetric=asymmetric,
-            seed=seed,
-            cache=out / _CHECKPOINT,
-            device=device,
-        )
+        with ranks(device) as group:
+            analysis = run(
+                load_model(model, weights),
+                load_data(data),
+                allocation=allocation or "output",
+                form=form,
+                solver=make_solver(solver),
+                objective=objective,
+                samples=samples,
+                ignore=tuple(ignore),
+                keep_ends=keep_ends,
+                asymmetric=asymmetric,
+                seed=seed,
+                cache=out / _CHECKPOINT,
+                device=device,
+                group=group,
+            )
+        if group.rank:
+            return
         analysis.save(out / "analysis.json")
         shutil.rmtree(out / _CHECKPOINT, ignore_errors=True)
         Console().print(f"written to {out}: analysis.json")
@@ -214,16 +222,19 @@ def apply(
         from .plan import Plan
 
         _check_export(export, runtime)
-        result = run(
-            load_model(model, weights),
-            load_data(data),
-            Plan.load(plan),
-            refine=refine,
-            checkpoint=out / _CHECKPOINT,
-            resume=resume,
-            device=device,
-        )
-        _write(result, out, export, runtime, threads)
+        with ranks(device) as group:
+            result = run(
+                load_model(model, weights),
+                load_data(data),
+                Plan.load(plan),
+                refine=refine,
+                checkpoint=out / _CHECKPOINT,
+                resume=resume,
+                device=device,
+                group=group,
+            )
+        if group.rank == 0:
+            _write(result, out, export, runtime, threads)
 
 
 # Folder of finished pieces inside the folder of the result.

@@ -17,6 +17,7 @@ import numpy as np
 from . import activations
 from .errors import InputError, complain
 from .ops import NumpyOps, get_ops, why_not_cuda
+from .parallel import ALONE, Group
 from .storage import load_arrays, save_arrays
 
 Array = Any
@@ -82,6 +83,9 @@ class LayerIO:
     sample_ids : int array, (P,), optional
         Which calibration sample a row came from, ascending; held-out rows are split off by whole
         samples, since rows of one sample are alike. By default every row is its own sample.
+    group : Group, optional
+        The ranks of `slr_gpu.parallel` that the rows are spread over: these are this rank's, and
+        `fit` is called on all ranks and returns the same on all.
 
     Raises
     ------
@@ -100,8 +104,9 @@ class LayerIO:
         *,
         linear_targets: Any = None,
         sample_ids: Any = None,
+        group: Group = ALONE,
     ) -> None:
-        self.ops = _ops_for(inputs)
+        self.ops, self.group = _ops_for(inputs), group
         weight = _floating(self.ops, "weight", weight)
         if weight.ndim < 2:
             raise InputError(
@@ -125,10 +130,11 @@ class LayerIO:
             )
         self.inputs = self._checked("inputs", inputs, (None, m))
         count = len(self.inputs)
-        if count < 2:
+        before, total = group.span(count)
+        if total < 2:
             raise InputError(
                 complain(
-                    f"{count} calibration row(s)", "at least 2", "Pass more calibration inputs."
+                    f"{total} calibration row(s)", "at least 2", "Pass more calibration inputs."
                 )
             )
         self.bias = (
@@ -146,7 +152,7 @@ class LayerIO:
         elif self.targets.dtype != self.inputs.dtype:
             self.targets = self.targets.astype(self.inputs.dtype)
         if sample_ids is None:
-            sample_ids = np.arange(count)
+            sample_ids = np.arange(before, before + count)
         self.sample_ids = np.asarray(self.ops.to_numpy(self.ops.asarray(sample_ids)))
         if self.sample_ids.shape != (count,) or np.any(np.diff(self.sample_ids) < 0):
             raise InputError(
@@ -194,14 +200,18 @@ class LayerIO:
     def split(self, held_out: float, fold: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers to fit on and to hold out, by whole samples spread evenly over the data.
 
+        Numbers of this rank's rows; which they are does not depend on how many ranks there are.
+
         Rows without samples of their own are taken in 64 neighbouring runs, because neighbours
         (positions of one image, frames of one sound) are often alike. Other folds hold other
         samples out; together, ``round(1 / held_out)`` of them hold each one out once.
         """
-        samples, inverse = np.unique(self.sample_ids, return_inverse=True)
-        if len(samples) == len(self.sample_ids):
+        before, total = self.group.span(len(self.sample_ids))
+        samples, inverse = np.unique(self.group.gather(self.sample_ids), return_inverse=True)
+        if len(samples) == total:
             inverse = inverse * min(64, len(samples)) // len(samples)
-        count = int(inverse[-1]) + 1
+        count = int(inverse.max()) + 1
+        inverse = inverse[before : before + len(self.sample_ids)]
         if held_out == 0 or count < 2:
             return np.arange(len(inverse)), np.arange(0)
         step = max(2, round(1 / held_out))

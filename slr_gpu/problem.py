@@ -118,19 +118,19 @@ class ResponseProblem:
         self.activation = layer_io.activation if activation is None else activation
         self.basis: Array | None = None
         fitted, held = layer_io.split(held_out, fold)
-        if len(fitted) < 2:
+        group = layer_io.group
+        before, total = group.span(len(fitted))
+        if total < 2:
             raise InputError(
-                complain(
-                    f"{len(fitted)} row(s) to fit on", "at least 2", "Pass more, or held_out=0."
-                )
+                complain(f"{total} row(s) to fit on", "at least 2", "Pass more, or held_out=0.")
             )
         dtype, xp = layer_io.inputs.dtype, ops.xp
         m = layer_io.weight.shape[1]
         self.by_rows, self.notes = by_rows or m > WIDEST, ()
-        if self.by_rows and len(fitted) > MOST_ROWS:
-            every = fitted
-            fitted = every[:: -(-len(every) // MOST_ROWS)]
-            self.notes = (f"fitted on {len(fitted)} of {len(every)} rows: {m} columns",)
+        if self.by_rows and total > MOST_ROWS:
+            step = -(-total // MOST_ROWS)
+            fitted = fitted[-before % step :: step]
+            self.notes = (f"fitted on {-(-total // step)} of {total} rows: {m} columns",)
         self.W = ops.asarray(layer_io.weight, dtype if self.by_rows else xp.float64)
         self.bias = ops.asarray(layer_io.bias, xp.float64)
         Y, Z = layer_io.targets, layer_io.linear_targets
@@ -139,8 +139,8 @@ class ResponseProblem:
         if self.activation.is_identity:
             # A linear fit aims at the response before the activation, held-out stays after it.
             Y = Z = Y if layer_io.activation.is_identity else Z
-        self.samples = Samples(ops, layer_io.inputs, Y, Z, fitted, dtype)
-        self.held = Samples(ops, layer_io.inputs, layer_io.targets, None, held, dtype)
+        self.samples = Samples(ops, layer_io.inputs, Y, Z, fitted, dtype, group)
+        self.held = Samples(ops, layer_io.inputs, layer_io.targets, None, held, dtype, group)
         # Centring before squaring: nearly constant inputs would leave only rounding after it.
         sums = self.samples.sum(
             lambda X, Y, Z: (X.sum(axis=0, dtype="float64"), Z.sum(axis=0, dtype="float64")),
@@ -149,22 +149,22 @@ class ResponseProblem:
         self.x_mean, self.z_mean = (total / self.rows for total in sums)
         self.samples.centre(self.x_mean)
         self.held.centre(self.x_mean)
+        if self.by_rows:
+            self.samples = self.samples.gathered()
         self._ridge_unit, energy = self._scales()
         self.rho = ridge * self._ridge_unit
         self._energies = (energy, self._weight_energy())
 
     def _scales(self) -> tuple[float, float]:
         """Mean diagonal of ``Xcᵀ Xc``, from some thousand rows, and ``||Zc||^2``."""
-        square, step = self.ops.xp.square, max(1, self.rows // 2048)
+        square = self.ops.xp.square
         z_mean = self.z_mean.astype(self.samples.dtype)
-
-        def squares(X, Y, Z):
-            some = X[::step]
-            count = self.ops.xp.full((), len(some))
-            return square(some).sum(dtype="float64"), count, square(Z - z_mean).sum(dtype="float64")
-
-        inputs, count, energy = self.samples.sum(squares, block=GRAM_BLOCK)
-        unit = float(inputs) / float(count) / self.width * self.rows
+        some = self.samples.thinned(max(1, self.rows // 2048))
+        (inputs,) = some.sum(lambda X, Y, Z: (square(X).sum(dtype="float64"),))
+        (energy,) = self.samples.sum(
+            lambda X, Y, Z: (square(Z - z_mean).sum(dtype="float64"),), block=GRAM_BLOCK
+        )
+        unit = float(inputs) / some.rows / self.width * self.rows
         return max(unit, 1e-30), float(energy)
 
     def _weight_energy(self) -> float:
@@ -234,6 +234,7 @@ class ResponseProblem:
             return self
         other = self._without("metric")
         other.by_rows, other.W = True, self.W.astype(self.samples.dtype)
+        other.samples = self.samples.gathered()
         return other
 
     def thinned(self, rows: int) -> ResponseProblem:
