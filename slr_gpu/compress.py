@@ -355,7 +355,7 @@ def _apply(
                 else:
                     piece = site.name if groups == 1 else f"{site.name}, group {group}"
                     decompositions.append(store.part("layers").decomposition(piece, fitted))
-            energies = response_energies(references, site, groups, group)
+            energies = response_energies(references, site, groups, prepared.group)
             references.release(site.name)
             module = adapter_for(layer).build(layer, *decompositions)
             set_module(work, site.name, module)

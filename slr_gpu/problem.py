@@ -39,6 +39,10 @@ Array = Any
 
 # The Gram matrix is added up in float64 after each block: fewer, larger ones.
 GRAM_BLOCK = 16384
+# Gram matrices of so many multiply-adds are formed in float64, which takes half a second then: what
+# float32 leaves of rounding differs with the blocks that rows are cut into, and with the ranks that
+# hold them, and the small eigenvalues of G make much of it.
+PRECISE = 2e10
 # The most columns whose Gram matrix is formed: that, its ridge and its factor take 3 GB then.
 WIDEST = 11_000
 # The most rows that a problem by rows is fitted on: its solves grow with their square.
@@ -190,7 +194,19 @@ class ResponseProblem:
                     "Use Majorize, Zhang or WhitenedSVD.",
                 )
             )
-        return self.samples.sum(lambda X, Y, Z: (X.T @ X,), block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
+        dtype = self._product_dtype
+
+        def gram(X, Y, Z):
+            X = X.astype(dtype, copy=False)
+            return (X.T @ X,)
+
+        return self.samples.sum(gram, block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
+
+    @property
+    def _product_dtype(self) -> Any:
+        """In which the products over rows are formed that are formed once."""
+        small = self.rows * self.width**2 <= PRECISE
+        return self.ops.xp.dtype("float64") if small else self.samples.dtype
 
     @cached_property
     def G(self) -> Array:
@@ -288,7 +304,12 @@ class ResponseProblem:
     @cached_property
     def start_correlation(self) -> Array:
         """``D = Zcᵀ Xc`` (n, m), float64."""
-        return self.samples.sum(lambda X, Y, Z: (Z.T @ X,), block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
+        dtype = self._product_dtype
+
+        def products(X, Y, Z):
+            return (Z.astype(dtype, copy=False).T @ X.astype(dtype, copy=False),)
+
+        return self.samples.sum(products, block=GRAM_BLOCK, largest=GRAM_BLOCK)[0]
 
     @property
     def start_rhs(self) -> Array:
