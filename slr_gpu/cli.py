@@ -66,6 +66,7 @@ _Allocation = Annotated[
     str | None, typer.Option(help="output, response, pca_energy or uniform.", show_default=False)
 ]
 _Samples = Annotated[int, typer.Option(help="Input rows sampled a layer.")]
+_BatchSize = Annotated[int, typer.Option(help="Calibration inputs run at once.")]
 _Ignore = Annotated[list[str], typer.Option(help="Layers to leave dense.")]
 _KeepEnds = Annotated[bool, typer.Option(help="Leave the first and last layer dense.")]
 _Asymmetric = Annotated[bool, typer.Option(help="Fit on the compressed prefix's inputs.")]
@@ -95,6 +96,7 @@ def compress(
     objective: _Objective = "activation",
     allocation: _Allocation = None,
     samples: _Samples = 15_000,
+    batch_size: _BatchSize = 100,
     ignore: _Ignore = [],
     keep_ends: _KeepEnds = True,
     asymmetric: _Asymmetric = True,
@@ -122,6 +124,7 @@ def compress(
                 objective=objective,
                 allocation=allocation,
                 samples=samples,
+                batch_size=batch_size,
                 ignore=ignore,
                 keep_ends=keep_ends,
                 asymmetric=asymmetric,
@@ -148,6 +151,7 @@ def analyze(
     objective: _Objective = "activation",
     allocation: _Allocation = None,
     samples: _Samples = 15_000,
+    batch_size: _BatchSize = 100,
     ignore: _Ignore = [],
     keep_ends: _KeepEnds = True,
     asymmetric: _Asymmetric = True,
@@ -169,6 +173,7 @@ def analyze(
                 solver=make_solver(solver),
                 objective=objective,
                 samples=samples,
+                batch_size=batch_size,
                 ignore=tuple(ignore),
                 keep_ends=keep_ends,
                 asymmetric=asymmetric,

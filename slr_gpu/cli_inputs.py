@@ -14,17 +14,21 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from .errors import InputError, SLRError, complain
+from .parallel import told_to_stop
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn this package's errors into one line and exit status 1."""
     try:
-        yield
+        with told_to_stop():
+            yield
     except SLRError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        text = f"[bold red]error:[/] {escape(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -228,7 +229,7 @@ class Ranks(Group):
                 raise
             raise BackendError(
                 complain(
-                    f"no answer from another rank, on rank {self.rank}: {_first_line(error)}",
+                    f"no answer from another rank, on rank {self.rank}: {_first_words(error)}",
                     f"all {self.size} ranks at work until the end",
                     _RESUME,
                 )
@@ -254,7 +255,7 @@ def ranks(device: str = "cpu", *, timeout_s: float = 600.0) -> Iterator[Group]:
         When not all ranks are reached; also raised by what the group is used for, when one of them
         has ended.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if alone():
         yield ALONE
         return
     import torch
@@ -279,26 +280,29 @@ def ranks(device: str = "cpu", *, timeout_s: float = 600.0) -> Iterator[Group]:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise BackendError(
             complain(
-                f"no group of {os.environ['WORLD_SIZE']} ranks at {where}: {_first_line(error)}",
+                f"no group of {os.environ['WORLD_SIZE']} ranks at {where}: {_first_words(error)}",
                 "ranks that reach each other",
                 "Start them with torchrun.",
             )
         ) from error
     try:
-        with _told_to_stop():
-            yield Ranks()
+        yield Ranks()
     finally:
         torch.distributed.destroy_process_group()
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[None]:
-    """An error for SIGTERM, which torchrun sends to the others when a rank has ended."""
-    if threading.current_thread() is not threading.main_thread():
+def told_to_stop() -> Iterator[None]:
+    """Under torchrun, a `BackendError` for SIGTERM, which it sends to the others when a rank has ended.
+
+    For a program that ends with it: after an error SIGTERM is ignored, so that the message gets out.
+    """
+    if alone() or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise BackendError(
             complain(
                 f"a request to stop, on rank {os.environ.get('RANK')}",
@@ -310,8 +314,15 @@ def _told_to_stop() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except SLRError:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
+
+
+def alone() -> bool:
+    """Whether torchrun has started no other process beside this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 @cache
@@ -343,8 +354,10 @@ def _difference(name: str, theirs: Any, ours: Any) -> str:
     return f"{name} = {theirs!r} (rank 0: {ours!r})"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _first_words(error: BaseException) -> str:
+    """What it says first, without the place in gloo's source that it may begin with."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[\S+:\d+\]\s*", "", line).split(". ")[0]
 
 
 def _local_rank() -> int:
