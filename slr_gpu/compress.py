@@ -125,8 +125,8 @@ def compress(
         Show a bar on a terminal.
     group : Group
         Ranks that share the work, see `slr_gpu.ranks`. All are given the same calibration data, in
-        the same order, and each works on its share of the batches; all return the same result.
-        Rank 0 alone writes the checkpoint, calls `eval_fn` and measures latencies.
+        the same order, and each works on its share of the batches; all return the same result,
+        which without `refine` does not depend on how many they are, but for rounding. Rank 0 alone writes the checkpoint, calls `eval_fn` and measures latencies.
 
     Returns
     -------
@@ -166,7 +166,6 @@ def compress(
     if "latency" in keep:
         latency = latency or LatencyTarget()
         check_runtime(latency.runtime)
-    _check_alone(group, refinement)
     prepared = Prepared(model, calibration_data, settings, device, group)
     facts = {
         "keep": keep,
@@ -239,7 +238,6 @@ def apply(
     """
     began = time.perf_counter()
     refinement = Refinement.of(refine)
-    _check_alone(group, refinement)
     settings = Settings.from_dict(plan.settings)
     prepared = Prepared(model, calibration_data, settings, device, group)
     facts = {
@@ -266,17 +264,6 @@ def _open(
         return None
     facts = fingerprint(prepared) | facts
     return Store.open(checkpoint, facts, resume=resume, group=prepared.group)
-
-
-def _check_alone(group: Group, refinement: Refinement | None) -> None:
-    if group.size > 1 and refinement is not None:
-        raise InputError(
-            complain(
-                f"refine on {group.size} ranks",
-                "one process: the joint refinement is not spread over ranks",
-                "Compress without it, then call apply with the plan and refine=True.",
-            )
-        )
 
 
 def _check_reachable(prepared: Prepared, keep: dict[str, float], allocation: str) -> None:

@@ -266,7 +266,8 @@ class _Judge:
         self.frontier = Frontier(self.model, _first(batches, JUDGES - before), names)
         with torch.no_grad(), self.group.together():
             self.wanted = [run_model(self.model, batch) for batch in self.frontier.batches]
-        self.loss = self.group.first(lambda: choose_loss(loss, self.wanted[0]))
+            sample = run_model(self.model, prepared.first_sample)
+        self.loss = choose_loss(loss, sample)
 
     def _evaluated(self) -> float:
         return self.group.first(lambda: float(self.eval_fn(self.model)))

@@ -359,7 +359,6 @@ def test_other_allocations_and_bad_input():
         for changes in (
             {"samples": 900 + group.rank},
             {"seed": group.rank},
-            {"refine": True},
             {"batch_size": 60},
         ):
             with pytest.raises(slr_gpu.InputError) as error:
@@ -377,9 +376,36 @@ def test_other_allocations_and_bad_input():
     for _, messages in ranks:
         assert "rank 1 with settings.samples = 901 (rank 0: 900)" in messages[0]
         assert "rank 2 with settings.seed = 2 (rank 0: 0)" in messages[1]
-        assert "refine on 3 ranks" in messages[2]
-        assert "2 calibration batch(es) for 3 ranks" in messages[3]
-        assert "rank 2: got NaN or Inf in calibration batch 6" in messages[4]
+        assert "2 calibration batch(es) for 3 ranks" in messages[2]
+        assert "rank 2: got NaN or Inf in calibration batch 6" in messages[3]
+
+
+def test_the_joint_refinement_on_ranks():
+    """All keep the same weights; of one step on all samples, those of one process."""
+    refine = slr_gpu.Refinement(epochs=1, copies=1, batch_size=1000, rate=0.1, features=0)
+
+    def refined(group):
+        step = compressed(group, refine=refine)
+        # Unequal parts, and several steps.
+        longer = compressed(group, refine=slr_gpu.Refinement(epochs=3, batch_size=20))
+        return step, longer
+
+    (step, longer), *others = on_ranks(3, refined)
+    for result in (step, longer):
+        assert result.report.refinement["kept"]
+    for other, _ in others:
+        for name, value in step.model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[name])
+    one = compressed(refine=refine)
+    assert step.report.refinement["before"] == pytest.approx(
+        one.report.refinement["before"], rel=1e-4
+    )
+    # All samples in one batch, whichever way they are cut: one step of the same gradient.
+    for name, value in one.model.state_dict().items():
+        apart = float((step.model.state_dict()[name] - value).abs().max())
+        changed = float((alone().model.state_dict()[name] - value).abs().max())
+        assert apart <= 1e-5 + 0.02 * changed, name
+        assert changed > 1e-4 or name in ("0.weight", "0.bias", "10.weight", "10.bias")
 
 
 def test_a_rank_that_dies_ends_the_job_and_leaves_what_is_finished(tmp_path):
