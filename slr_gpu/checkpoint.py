@@ -38,9 +38,14 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     # By batches, so that each rank reads its own and the number of ranks does not matter.
     own = [_hash_of_tensors(batch) for batch in prepared.batches]
     digests = [digest for digests in prepared.group.objects(own) for digest in digests]
+    data = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {"calibration data": data, **_work(prepared)}
+
+
+def _work(prepared: Prepared) -> dict[str, Any]:
+    """Facts about the model and the settings."""
     facts: dict[str, Any] = {
         "model": _hash_of_model(prepared.source),
-        "calibration data": hashlib.sha256("".join(digests).encode()).hexdigest(),
         "device": prepared.ops.device.partition(":")[0],
     }
     for name, value in prepared.settings.as_dict().items():
@@ -54,7 +59,7 @@ def check_ranks(prepared: Prepared, facts: dict[str, Any]) -> None:
         lambda: {
             "calibration samples": prepared.sample_count,
             "first calibration samples": _hash_of_tensors(prepared.first_batch),
-            **fingerprint(prepared),
+            **_work(prepared),
             **facts,
         }
     )

@@ -128,7 +128,8 @@ class LayerIO:
                     "Pass the layer's own kernel_size.",
                 )
             )
-        self.inputs = self._checked("inputs", inputs, (None, m))
+        with group.together():
+            self.inputs = self._checked("inputs", inputs, (None, m))
         count = len(self.inputs)
         before, total = group.span(count)
         if total < 2:
@@ -142,8 +143,9 @@ class LayerIO:
             if bias is None
             else self._checked("bias", bias, (n,))
         )
-        self.linear_targets = self._checked("linear_targets", linear_targets, (count, n))
-        self.targets = self._checked("targets", targets, (count, n))
+        with group.together():
+            self.linear_targets = self._checked("linear_targets", linear_targets, (count, n))
+            self.targets = self._checked("targets", targets, (count, n))
         if self.targets is None:
             response = self.linear_targets
             if response is None:

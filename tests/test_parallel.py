@@ -273,7 +273,12 @@ def test_ranks_that_would_fit_something_else_are_refused(monkeypatch):
         monkeypatch.setattr("slr_gpu.parallel.versions", lambda: {"slr_gpu": f"{group.rank}" * 64})
         with pytest.raises(slr_gpu.InputError) as error:
             group.check_same(dict)
-        return [*messages, str(error.value)]
+        messages.append(str(error.value))
+        bad = arrays()[2]
+        bad[3, 4] = np.nan if group.rank == 1 else 0
+        with pytest.raises(slr_gpu.InputError, match=r"rank 1: got 1 NaN or Inf in inputs.*3, 4"):
+            slr_gpu.LayerIO(arrays()[0], None, bad, group=group)
+        return messages
 
     for messages in on_ranks(2, fits):
         for wanted, message in zip(CHANGES, messages, strict=False):
