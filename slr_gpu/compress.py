@@ -126,7 +126,8 @@ def compress(
     group : Group
         Ranks that share the work, see `slr_gpu.ranks`. All are given the same calibration data, in
         the same order, and each works on its share of the batches; all return the same result,
-        which without `refine` does not depend on how many they are, but for rounding. Rank 0 alone writes the checkpoint, calls `eval_fn` and measures latencies.
+        which without `refine` does not depend on how many they are, but for rounding. Rank 0
+        alone writes the checkpoint, calls `eval_fn` and measures latencies.
 
     Returns
     -------
@@ -310,8 +311,8 @@ def _apply(
     chosen = [site for site in prepared.chosen if site.name in planned]
     rows: dict[str, LayerReport] = {}
     built: dict[str, dict[str, Any]] = {}
-    count, group = prepared.sample_count, prepared.group
-    progress = progress and group.rank == 0
+    count = prepared.sample_count
+    progress = progress and prepared.group.rank == 0
     # The original takes about as long as fitting all layers: a bar in samples, then in layers.
     bar = progress_bar("original responses", 2 * count, show=progress)
     with bar as advance, full_precision():

@@ -19,6 +19,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 import slr_gpu
@@ -48,6 +49,7 @@ def start(size, function):
 
 def _run(rank, size, port, function, pipe):
     torch.set_num_threads(1)
+    threadpool_limits(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
@@ -355,9 +357,9 @@ def test_a_model_does_not_depend_on_the_number_of_ranks(tmp_path):
     assert pieces == {p: p.stat().st_mtime_ns for p in (tmp_path / "2").rglob("*.safetensors")}
 
 
-def test_other_allocations_and_bad_input():
+def test_another_allocation_and_bad_input():
     def results(group):
-        found = [compressed(group, allocation=a) for a in ("pca_energy", "uniform")]
+        found = compressed(group, allocation="pca_energy")
         messages = []
         bad = images()
         bad[100, 0, 0, 0] = float("nan")
@@ -376,8 +378,7 @@ def test_other_allocations_and_bad_input():
         return found, [*messages, str(error.value)]
 
     ranks = on_ranks(3, results)
-    for result, name in zip(ranks[0][0], ("pca_energy", "uniform"), strict=True):
-        same_result(compressed(allocation=name), result)
+    same_result(compressed(allocation="pca_energy"), ranks[0][0])
     for _, messages in ranks:
         assert "rank 1 with settings.samples = 901 (rank 0: 900)" in messages[0]
         assert "rank 2 with settings.seed = 2 (rank 0: 0)" in messages[1]
