@@ -126,8 +126,9 @@ def compress(
     group : Group
         Ranks that share the work, see `slr_gpu.ranks`. All are given the same calibration data, in
         the same order, and each works on its share of the batches; all return the same result,
-        which without `refine` does not depend on how many they are, but for rounding. Rank 0
-        alone writes the checkpoint, calls `eval_fn` and measures latencies.
+        which without `refine` does not depend on how many they are, but for rounding; that may
+        settle a choice between columns that are as good as each other. Rank 0 alone writes the
+        checkpoint, calls `eval_fn` and measures latencies.
 
     Returns
     -------
