@@ -8,6 +8,7 @@ from .fit import fit
 from .latency import LatencyTarget
 from .layer_budget import LayerBudget
 from .layer_io import LayerIO
+from .parallel import Group, ranks
 from .plan import Plan
 from .refine import Refinement
 from .result import Result, load
@@ -34,6 +35,7 @@ __all__ = [
     "ChannelPruning",
     "Decomposition",
     "Grebsmo",
+    "Group",
     "InputError",
     "LatencyTarget",
     "LayerBudget",
@@ -57,4 +59,5 @@ __all__ = [
     "fit",
     "load",
     "open_shards",
+    "ranks",
 ]

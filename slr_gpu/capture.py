@@ -28,6 +28,7 @@ from .graph import LayerSite, hooks, set_module
 from .grouped import split
 from .layer_io import LayerIO
 from .ops import NumpyOps
+from .parallel import ALONE, Group
 
 Batch = tuple[Any, ...]
 
@@ -99,7 +100,7 @@ def as_batches(data: Any, model: nn.Module, batch_size: int) -> list[Batch]:
     Raises
     ------
     InputError
-        No data, a single sample, or NaN or Inf in it.
+        No data, or a single sample.
     """
     if isinstance(data, np.ndarray):
         data = torch.from_numpy(data)
@@ -134,7 +135,12 @@ def as_batches(data: Any, model: nn.Module, batch_size: int) -> list[Batch]:
         raise InputError(
             complain(f"{count} calibration sample(s)", "at least 2", "Some hundreds are usual.")
         )
-    for number, batch in enumerate(batches):
+    return batches
+
+
+def check_finite(batches: list[Batch], first: int = 0) -> None:
+    """InputError for NaN or Inf in batches, the first of which has this number."""
+    for number, batch in enumerate(batches, first):
         for item in batch:
             if isinstance(item, Tensor) and item.is_floating_point():
                 if not torch.isfinite(item).all():
@@ -145,7 +151,6 @@ def as_batches(data: Any, model: nn.Module, batch_size: int) -> list[Batch]:
                             "Check the calibration data.",
                         )
                     )
-    return batches
 
 
 def _arguments(model: nn.Module, batch: Any) -> Batch:
@@ -234,13 +239,16 @@ class Sampler:
     rows : int
         About so many rows a layer in total.
     batch_sizes : list of int
-        Calibration samples in each batch.
+        Calibration samples in each batch, of all ranks.
     seed : int
+    group : Group
+        The ranks, each of which has its `Group.share` of the batches and counts them from 0.
     """
 
-    def __init__(self, rows: int, batch_sizes: list[int], seed: int) -> None:
-        self.rows, self.batch_sizes, self.seed = rows, batch_sizes, seed
+    def __init__(self, rows: int, batch_sizes: list[int], seed: int, group: Group = ALONE) -> None:
+        self.rows, self.batch_sizes, self.seed, self.group = rows, batch_sizes, seed, group
         self._starts = np.cumsum([0, *batch_sizes])
+        self._first = group.share(len(batch_sizes)).start
 
     def pick(self, site: LayerSite, use: Use, call: int) -> tuple[Tensor, Tensor, np.ndarray]:
         """Rows of one use, without repetition.
@@ -260,12 +268,13 @@ class Sampler:
         sample : int array, (rows,)
             Numbers of the calibration samples, ascending.
         """
-        batch_size = self.batch_sizes[use.batch]
+        batch = self._first + use.batch
+        batch_size = self.batch_sizes[batch]
         chunks = batch_size if use.leading % batch_size == 0 else 1
         positions = use.leading * use.positions // chunks  # of a chunk
         share = self.rows * batch_size / (sum(self.batch_sizes) * chunks * max(site.calls, 1))
         count = min(positions, max(1, round(share)))
-        entropy = [self.seed, site.order, use.batch, *([call] if call else [])]
+        entropy = [self.seed, site.order, batch, *([call] if call else [])]
         seed = np.random.SeedSequence(entropy).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
         if count == positions:
@@ -275,7 +284,7 @@ class Sampler:
             position = keys.topk(count, dim=1).indices.sort(dim=1).values.reshape(-1)
         flat = torch.arange(chunks).repeat_interleave(count) * positions + position
         index = flat // max(use.positions, 1)
-        sample = self._starts[use.batch] + index.numpy() * batch_size // max(use.leading, 1)
+        sample = self._starts[batch] + index.numpy() * batch_size // max(use.leading, 1)
         return index, flat % max(use.positions, 1), sample
 
 
@@ -600,7 +609,8 @@ def layer_parts(
             for number, x in _matched(uses, ((n, adapter.batched(layer, x)) for n, x in inputs))
         }
         kept = np.repeat([i in rows for i in range(len(uses))], [len(pick[2]) for pick in picks])
-        if kept.sum() < 2:
+        counts = sampler.group.objects(int(kept.sum()))
+        if sum(counts) < 2 or not all(counts):
             raise ModelError(
                 complain(
                     f"a model that no longer calls {site.name} as before, once layers in front of"
@@ -624,16 +634,20 @@ def layer_parts(
         activation=site.activation,
         kernel_size=adapter.kernel_size(layer),
         sample_ids=samples,
+        group=sampler.group,
     )
 
 
-def response_energies(references: References, site: LayerSite, groups: int) -> list[float]:
-    """``||Y||^2`` of each group of a layer's responses after the activation."""
+def response_energies(
+    references: References, site: LayerSite, groups: int, ranks: Group = ALONE
+) -> list[float]:
+    """``||Y||^2`` of each group of a layer's responses after the activation, on all ranks."""
     if groups == 1:
         return [1.0]
     Z = torch.as_tensor(references.linear_targets[site.name]).cpu().numpy()
     Y = activations.get(site.activation).value(NumpyOps(), Z)
-    return [float((part**2).sum()) + 1e-30 for part in np.split(Y, groups, axis=1)]
+    own = np.array([(part**2).sum() for part in np.split(Y, groups, axis=1)])
+    return (ranks.sum((own,))[0] + 1e-30).tolist()
 
 
 def _matched(uses: list[Use], inputs: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:

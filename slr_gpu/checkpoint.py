@@ -22,6 +22,7 @@ from torch import nn
 
 from .decomposition import Decomposition
 from .errors import InputError, complain
+from .parallel import ALONE, Group
 from .prepare import Prepared
 from .storage import load_arrays, load_json, save_arrays, save_json
 
@@ -34,16 +35,34 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
 
     Bits also depend on the number of threads and the versions of libraries, which are not in it.
     """
+    # By batches, so that each rank reads its own and the number of ranks does not matter.
+    own = [_hash_of_tensors(batch) for batch in prepared.batches]
+    digests = [digest for digests in prepared.group.objects(own) for digest in digests]
+    data = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {"calibration data": data, **_work(prepared)}
+
+
+def _work(prepared: Prepared) -> dict[str, Any]:
+    """Facts about the model and the settings."""
     facts: dict[str, Any] = {
         "model": _hash_of_model(prepared.source),
-        "calibration data": _hash_of_tensors(
-            item for batch in prepared.batches for item in batch if isinstance(item, torch.Tensor)
-        ),
-        "device": prepared.ops.device,
+        "device": prepared.ops.device.partition(":")[0],
     }
     for name, value in prepared.settings.as_dict().items():
         facts[f"settings.{name}"] = value
     return facts
+
+
+def check_ranks(prepared: Prepared, facts: dict[str, Any]) -> None:
+    """InputError for ranks with another model, other data or other settings."""
+    prepared.group.check_same(
+        lambda: {
+            "calibration samples": prepared.sample_count,
+            "first calibration samples": _hash_of_tensors(prepared.first_batch),
+            **_work(prepared),
+            **facts,
+        }
+    )
 
 
 def _hash_of_model(model: nn.Module) -> str:
@@ -60,7 +79,8 @@ def _hash_of_model(model: nn.Module) -> str:
 def _hash_of_tensors(tensors: Any) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        _add(digest, tensor)
+        if isinstance(tensor, torch.Tensor):
+            _add(digest, tensor)
     return digest.hexdigest()
 
 
@@ -77,13 +97,17 @@ class Store:
     ----------
     folder : path
         Made when the first piece is written.
+    group : Group
+        Of the ranks, all of which ask for the same pieces; rank 0 alone reads and writes.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, group: Group = ALONE) -> None:
+        self.folder, self.group = Path(folder), group
 
     @classmethod
-    def open(cls, folder: str | Path, facts: dict[str, Any], *, resume: bool) -> Store:
+    def open(
+        cls, folder: str | Path, facts: dict[str, Any], *, resume: bool, group: Group = ALONE
+    ) -> Store:
         """Begin in an empty folder, or go on in one of the same facts.
 
         Parameters
@@ -98,34 +122,37 @@ class Store:
         InputError
             When the folder belongs to other facts; names what changed, and nothing is deleted.
         """
-        store = cls(folder)
+        store = cls(folder, group)
+        group.first(lambda: store._begin(facts, resume))
+        return store
+
+    def _begin(self, facts: dict[str, Any], resume: bool) -> None:
         facts = json.loads(json.dumps(facts))  # tuples come back from a file as lists
         if not resume:
-            store.clear()
-        path = store.folder / _FACTS
+            self.clear()
+        path = self.folder / _FACTS
         if path.exists():
             changed = changes(load_json(path), facts)
             if changed:
                 raise InputError(
                     complain(
-                        f"a checkpoint in {folder} of another run: {'; '.join(changed)}",
+                        f"a checkpoint in {self.folder} of another run: {'; '.join(changed)}",
                         "the same model, data and settings",
                         "Undo the changes, or start anew without resume.",
                     )
                 )
         else:
             save_json(path, facts)
-        return store
 
     @classmethod
-    def named(cls, root: str | Path, facts: dict[str, Any]) -> Store:
+    def named(cls, root: str | Path, facts: dict[str, Any], group: Group = ALONE) -> Store:
         """A folder under `root` for exactly these facts."""
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        return cls.open(Path(root) / digest, facts, resume=True)
+        return cls.open(Path(root) / digest, facts, resume=True, group=group)
 
     def part(self, name: str) -> Store:
         """A store inside this one."""
-        return Store(self.folder / name)
+        return Store(self.folder / name, self.group)
 
     def clear(self) -> None:
         """Delete what is there, if it is a store."""
@@ -144,30 +171,32 @@ class Store:
     def load_json(self, name: str) -> Any:
         """A piece, or None if it is not finished."""
         path = self.path(name, ".json")
-        return load_json(path) if path.exists() else None
+        return self.group.first(lambda: load_json(path) if path.exists() else None)
 
     def save_json(self, name: str, value: Any) -> None:
-        save_json(self.path(name, ".json"), value)
+        self.group.first(lambda: save_json(self.path(name, ".json"), value))
 
     def load_arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
         """A piece made of arrays and its metadata, or None if it is not finished."""
         path = self.path(name, ".safetensors")
-        return load_arrays(path, kind="checkpoint") if path.exists() else None
+        return self.group.first(
+            lambda: load_arrays(path, kind="checkpoint") if path.exists() else None
+        )
 
     def save_arrays(
         self, name: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]
     ) -> None:
         path = self.path(name, ".safetensors")
-        save_arrays(path, arrays, kind="checkpoint", metadata=metadata)
+        self.group.first(lambda: save_arrays(path, arrays, kind="checkpoint", metadata=metadata))
 
     def decomposition(self, name: str, make: Callable[[], Decomposition]) -> Decomposition:
         """The piece of that name, made and written unless it is finished."""
         path = self.path(name, ".safetensors")
-        if path.exists():
-            return Decomposition.load(path)
-        made = make()
-        made.save(path)
-        return made
+        found = self.group.first(lambda: Decomposition.load(path) if path.exists() else None)
+        if found is None:
+            found = make()
+            self.group.first(lambda: found.save(path))
+        return found
 
 
 def changes(before: Any, now: Any, name: str = "") -> list[str]:

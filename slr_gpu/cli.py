@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 
 from .cli_inputs import clear_errors, import_object, load_data, load_model, make_solver, parse_keep
 from .errors import BackendError, InputError, complain
+from .parallel import ranks
 
 app = typer.Typer(
     add_completion=False,
@@ -66,6 +67,7 @@ _Allocation = Annotated[
     str | None, typer.Option(help="output, response, pca_energy or uniform.", show_default=False)
 ]
 _Samples = Annotated[int, typer.Option(help="Input rows sampled a layer.")]
+_BatchSize = Annotated[int, typer.Option(help="Calibration inputs run at once.")]
 _Ignore = Annotated[list[str], typer.Option(help="Layers to leave dense.")]
 _KeepEnds = Annotated[bool, typer.Option(help="Leave the first and last layer dense.")]
 _Asymmetric = Annotated[bool, typer.Option(help="Fit on the compressed prefix's inputs.")]
@@ -95,6 +97,7 @@ def compress(
     objective: _Objective = "activation",
     allocation: _Allocation = None,
     samples: _Samples = 15_000,
+    batch_size: _BatchSize = 100,
     ignore: _Ignore = [],
     keep_ends: _KeepEnds = True,
     asymmetric: _Asymmetric = True,
@@ -112,25 +115,29 @@ def compress(
 
         _check_export(export, runtime)
         budget, chosen = parse_keep(keep), make_solver(solver)
-        result = run(
-            load_model(model, weights),
-            load_data(data),
-            budget,
-            form=form,
-            solver=chosen,
-            objective=objective,
-            allocation=allocation,
-            samples=samples,
-            ignore=ignore,
-            keep_ends=keep_ends,
-            asymmetric=asymmetric,
-            seed=seed,
-            refine=refine,
-            checkpoint=out / _CHECKPOINT,
-            resume=resume,
-            device=device,
-        )
-        _write(result, out, export, runtime, threads)
+        with ranks(device) as group:
+            result = run(
+                load_model(model, weights),
+                load_data(data),
+                budget,
+                form=form,
+                solver=chosen,
+                objective=objective,
+                allocation=allocation,
+                samples=samples,
+                batch_size=batch_size,
+                ignore=ignore,
+                keep_ends=keep_ends,
+                asymmetric=asymmetric,
+                seed=seed,
+                refine=refine,
+                checkpoint=out / _CHECKPOINT,
+                resume=resume,
+                device=device,
+                group=group,
+            )
+        if group.rank == 0:
+            _write(result, out, export, runtime, threads)
 
 
 @app.command()
@@ -145,6 +152,7 @@ def analyze(
     objective: _Objective = "activation",
     allocation: _Allocation = None,
     samples: _Samples = 15_000,
+    batch_size: _BatchSize = 100,
     ignore: _Ignore = [],
     keep_ends: _KeepEnds = True,
     asymmetric: _Asymmetric = True,
@@ -157,21 +165,26 @@ def analyze(
         from .sensitivity import analyze as run
 
         budget = None if keep is None else parse_keep(keep)
-        analysis = run(
-            load_model(model, weights),
-            load_data(data),
-            allocation=allocation or "output",
-            form=form,
-            solver=make_solver(solver),
-            objective=objective,
-            samples=samples,
-            ignore=tuple(ignore),
-            keep_ends=keep_ends,
-            asymmetric=asymmetric,
-            seed=seed,
-            cache=out / _CHECKPOINT,
-            device=device,
-        )
+        with ranks(device) as group:
+            analysis = run(
+                load_model(model, weights),
+                load_data(data),
+                allocation=allocation or "output",
+                form=form,
+                solver=make_solver(solver),
+                objective=objective,
+                samples=samples,
+                batch_size=batch_size,
+                ignore=tuple(ignore),
+                keep_ends=keep_ends,
+                asymmetric=asymmetric,
+                seed=seed,
+                cache=out / _CHECKPOINT,
+                device=device,
+                group=group,
+            )
+        if group.rank:
+            return
         analysis.save(out / "analysis.json")
         shutil.rmtree(out / _CHECKPOINT, ignore_errors=True)
         Console().print(f"written to {out}: analysis.json")
@@ -215,16 +228,19 @@ def apply(
         from .plan import Plan
 
         _check_export(export, runtime)
-        result = run(
-            load_model(model, weights),
-            load_data(data),
-            Plan.load(plan),
-            refine=refine,
-            checkpoint=out / _CHECKPOINT,
-            resume=resume,
-            device=device,
-        )
-        _write(result, out, export, runtime, threads)
+        with ranks(device) as group:
+            result = run(
+                load_model(model, weights),
+                load_data(data),
+                Plan.load(plan),
+                refine=refine,
+                checkpoint=out / _CHECKPOINT,
+                resume=resume,
+                device=device,
+                group=group,
+            )
+        if group.rank == 0:
+            _write(result, out, export, runtime, threads)
 
 
 # Folder of finished pieces inside the folder of the result.

@@ -17,13 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from .errors import InputError, SLRError, complain
+from .parallel import told_to_stop
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn this package's errors into one line and exit status 1."""
     try:
-        yield
+        with told_to_stop():
+            yield
     except SLRError as error:
         text = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from .adapters import adapter_for
 from .analysis import Analysis, check_allocation
 from .budget import check_keep, check_reachable
 from .capture import Frontier, full_precision, layer_parts, response_energies
-from .checkpoint import Store, fingerprint
+from .checkpoint import Store, check_ranks, fingerprint
 from .decomposition import Decomposition, Structure
 from .errors import InputError, complain
 from .fit import fit
@@ -31,6 +31,7 @@ from .grouped import summarise
 from .latency import LatencyTarget, add_latency, allocate_measured, measured_latency
 from .layer_budget import BLOCK
 from .layer_io import LayerIO
+from .parallel import ALONE, Group
 from .plan import LayerPlan, Plan
 from .prepare import Prepared, Settings, count_flops
 from .progress import progress_bar
@@ -70,6 +71,7 @@ def compress(
     resume: bool = False,
     device: str = "cpu",
     progress: bool = True,
+    group: Group = ALONE,
 ) -> Result:
     """Compress a model on unlabelled calibration data.
 
@@ -121,6 +123,12 @@ def compress(
         `eval_fn` must be the same one; that is not checked.
     progress : bool
         Show a bar on a terminal.
+    group : Group
+        Ranks that share the work, see `slr_gpu.ranks`. All are given the same calibration data, in
+        the same order, and each works on its share of the batches; all return the same result,
+        which without `refine` does not depend on how many they are, but for rounding; that may
+        settle a choice between columns that are as good as each other. Rank 0 alone writes the
+        checkpoint, calls `eval_fn` and measures latencies.
 
     Returns
     -------
@@ -160,8 +168,7 @@ def compress(
     if "latency" in keep:
         latency = latency or LatencyTarget()
         check_runtime(latency.runtime)
-    prepared = Prepared(model, calibration_data, settings, device)
-    check_budget(prepared, keep, allocation)
+    prepared = Prepared(model, calibration_data, settings, device, group)
     facts = {
         "keep": keep,
         "allocation": allocation,
@@ -170,19 +177,23 @@ def compress(
         "latency": None if latency is None else latency.as_dict(),
         "refine": None if refinement is None else refinement.as_dict(),
     }
+    check_ranks(prepared, facts)
+    _check_reachable(prepared, keep, allocation)
     store = _open(prepared, checkpoint, facts, resume)
     done = None if store is None else store.load_json("plan")
     if done is None:
         part = None if store is None else store.part("analysis")
         analysis = measure(prepared, allocation, loss, eval_fn, part, progress)
-        plan = make_plan(prepared, analysis, keep, latency)
+        plan = group.first(lambda: make_plan(prepared, analysis, keep, latency))
         if store is not None:
             store.save_json("plan", plan.as_dict())
     else:
         plan = Plan.from_dict(done)
     result = carry_out(prepared, plan, loss, refinement, store, progress)
     if latency is not None:
-        result.report.latency = measured_latency(prepared, result.model, latency)
+        result.report.latency = group.first(
+            lambda: measured_latency(prepared, result.model, latency)
+        )
         result.report.latency["predicted"] = plan.achieved.get("latency")
     result.report.seconds = time.perf_counter() - began
     return result
@@ -199,6 +210,7 @@ def apply(
     resume: bool = False,
     device: str = "cpu",
     progress: bool = True,
+    group: Group = ALONE,
 ) -> Result:
     """Carry out a plan, perhaps an edited one.
 
@@ -207,7 +219,7 @@ def apply(
     plan : Plan
         Its settings are those of the analysis; layers that may be compressed and are not in it
         stay dense.
-    model, calibration_data, loss, refine, checkpoint, resume, device, progress
+    model, calibration_data, loss, refine, checkpoint, resume, device, progress, group
         See `compress`.
 
     Returns
@@ -221,13 +233,15 @@ def apply(
     """
     began = time.perf_counter()
     refinement = Refinement.of(refine)
-    prepared = Prepared(model, calibration_data, Settings.from_dict(plan.settings), device)
-    _check_plan(prepared, plan)
+    settings = Settings.from_dict(plan.settings)
+    prepared = Prepared(model, calibration_data, settings, device, group)
     facts = {
         "plan": plan.as_dict()["layers"],
         "loss": loss,
         "refine": None if refinement is None else refinement.as_dict(),
     }
+    check_ranks(prepared, facts)
+    _check_plan(prepared, plan)
     store = _open(prepared, checkpoint, facts, resume)
     result = carry_out(prepared, plan, loss, refinement, store, progress)
     result.report.seconds = time.perf_counter() - began
@@ -243,7 +257,8 @@ def _open(
                 complain("resume without checkpoint", "checkpoint=<folder>", "Name the folder.")
             )
         return None
-    return Store.open(checkpoint, fingerprint(prepared) | facts, resume=resume)
+    facts = fingerprint(prepared) | facts
+    return Store.open(checkpoint, facts, resume=resume, group=prepared.group)
 
 
 def check_budget(prepared: Prepared, keep: dict[str, float], allocation: str) -> None:
@@ -302,6 +317,7 @@ def carry_out(
     rows: dict[str, LayerReport] = {}
     built: dict[str, dict[str, Any]] = {}
     count = prepared.sample_count
+    progress = progress and prepared.group.rank == 0
     # The original takes about as long as fitting all layers: a bar in samples, then in layers.
     bar = progress_bar("original responses", 2 * count, show=progress)
     with bar as advance, full_precision():
@@ -332,7 +348,7 @@ def carry_out(
                 else:
                     piece = site.name if groups == 1 else f"{site.name}, group {group}"
                     decompositions.append(store.part("layers").decomposition(piece, fitted))
-            energies = response_energies(references, site, groups)
+            energies = response_energies(references, site, groups, prepared.group)
             references.release(site.name)
             module = adapter_for(layer).build(layer, *decompositions)
             set_module(work, site.name, module)

@@ -7,6 +7,7 @@ In: a `LayerIO` and what is asked for, as a budget (problem (2) of Ma et al. 201
 
 from __future__ import annotations
 
+import hashlib
 import math
 import numbers
 from typing import Any
@@ -25,6 +26,8 @@ from .support import select_support
 
 Array = Any
 
+# Ranks that computed something else from the same sums.
+_DRIFTED = "Use machines of one kind with the same libraries and the same number of threads."
 FEW_ROWS_NOTE = (
     "fewer rows than columns: the truncated SVD of the weight does best on rows held out"
 )
@@ -87,7 +90,7 @@ def fit(
         Fraction of rows that is never fitted and decides between structures.
     device : str
         ``"cpu"``, ``"cuda"``, ``"cuda:<index>"`` or ``"auto"``. By default where the arrays of
-        `layer_io` are.
+        `layer_io` are. In a group of ranks ``"cuda"`` is the GPU of this rank.
 
     Returns
     -------
@@ -106,6 +109,16 @@ def fit(
     ----------
     Ma et al. 2018, arXiv 1807.10119, problems (2) and (3).
     """
+    group = layer_io.group
+    group.check_same(
+        lambda: {
+            **_layer_facts(layer_io),
+            "sizes": repr((keep, columns, channels, basis_rows, rank, budget, form)),
+            "penalties": repr((lambda1, lambda2, relative)),
+            "solver": repr(solver),
+            "settings": repr((objective, ridge, held_out)),
+        }
+    )
     request = _check_request(
         layer_io, keep, columns, channels, basis_rows, rank, lambda1, lambda2, budget, form
     )
@@ -118,13 +131,13 @@ def fit(
     activation = activations.get("identity") if objective == "linear" else None
     problem = ResponseProblem(
         layer_io,
-        ops=layer_io.ops if device is None else get_ops(device),
+        ops=layer_io.ops if device is None else get_ops(group.place(device)),
         ridge=1e-3 if ridge == "auto" else ridge,
         held_out=held_out,
         activation=activation,
     )
     if request == "penalties":
-        return _fit_penalties(problem, solver, lambda1, lambda2, relative, form)
+        return group.broadcast(_fit_penalties(problem, solver, lambda1, lambda2, relative, form))
     if request == "budget" and budget is None:
         n, m = layer_io.weight.shape
         budget = LayerBudget(n, layer_io.channels, layer_io.taps, ((1.0, keep * n * m),))
@@ -137,7 +150,7 @@ def fit(
             plain = WeightSVD().solve(problem, Structure("columns", 0, equal))
             plain = plain.replace(notes=(*plain.notes, FEW_ROWS_NOTE))
             if math.isinf(first):
-                return plain
+                return group.broadcast(plain)
         first = min(first, STRENGTHS[-1])
         problem, ridges = problem.with_ridge(first), tuple(first * factor for factor in NEAR)
     if request == "sizes":
@@ -147,8 +160,27 @@ def fit(
     if ridges:
         chosen = best_ridge(chosen, ridges)
     support = None if solver.chooses_support else chosen.support
+    group.check_same(lambda: {"structure": str(chosen.structure)}, _DRIFTED)
     found = solver.solve(chosen.problem, chosen.structure, support)
-    return plain if plain and plain.held_out_error < found.held_out_error else found
+    if plain and plain.held_out_error < found.held_out_error:
+        found = plain
+    # Of rounding in what each rank computes for itself, nothing stays.
+    return group.broadcast(found)
+
+
+def _layer_facts(layer_io: LayerIO) -> dict[str, Any]:
+    """What ranks must have in common of a layer."""
+    digest = hashlib.sha256()
+    for array in (layer_io.weight, layer_io.bias):
+        digest.update(layer_io.ops.to_numpy(array).tobytes())
+    return {
+        "weight": digest.hexdigest(),
+        "shape": list(layer_io.weight.shape),
+        "dtype": str(layer_io.inputs.dtype),
+        "activation": layer_io.activation.name,
+        "kernel_size": list(layer_io.kernel_size),
+        "targets": layer_io.linear_targets is None,
+    }
 
 
 def _fit_penalties(

@@ -102,8 +102,8 @@ class LatencyTarget:
         return Path(folder) / f"{hashlib.sha256(repr(machine).encode()).hexdigest()[:24]}.json"
 
 
-def add_latency(prepared: Prepared, analysis: Analysis, target: LatencyTarget) -> None:
-    """Give the layers of an analysis their seconds, and the whole model its own.
+def add_latency(prepared: Prepared, analysis: Analysis, target: LatencyTarget) -> Analysis:
+    """Give the layers of an analysis their seconds, and the whole model its own; returns it.
 
     Raises
     ------
@@ -124,6 +124,7 @@ def add_latency(prepared: Prepared, analysis: Analysis, target: LatencyTarget) -
     measured = measured_latency(prepared, planned_model(prepared, cheapest), target)
     analysis.totals["latency"] = measured["dense_s"]
     _correct(analysis, cheapest, measured["ratio"])
+    return analysis
 
 
 def _cheapest(analysis: Analysis) -> Plan:

@@ -19,6 +19,7 @@ from . import activations
 from .blocks import Blocks
 from .errors import InputError, complain
 from .ops import NumpyOps, get_ops, why_not_cuda
+from .parallel import ALONE, Group
 from .shards import ROLES
 from .storage import load_arrays, save_arrays
 
@@ -87,6 +88,9 @@ class LayerIO:
     sample_ids : int array, (P,), optional
         Which calibration sample a row came from, ascending; held-out rows are split off by whole
         samples, since rows of one sample are alike. By default every row is its own sample.
+    group : Group, optional
+        The ranks of `slr_gpu.parallel` that the rows are spread over: these are this rank's, and
+        `fit` is called on all ranks and returns the same on all.
 
     Attributes
     ----------
@@ -110,23 +114,28 @@ class LayerIO:
         *,
         linear_targets: Any = None,
         sample_ids: Any = None,
+        group: Group = ALONE,
     ) -> None:
         arrays = dict(zip(ROLES, (inputs, targets, linear_targets), strict=True))
-        self._describe(weight, bias, activation, kernel_size, _ops_for(inputs))
+        self._describe(weight, bias, activation, kernel_size, _ops_for(inputs), group)
         n, m = self.weight.shape
-        if isinstance(inputs, np.memmap) and not self._may_be_read(inputs):
+        alone = group.size == 1
+        if alone and isinstance(inputs, np.memmap) and not self._may_be_read(inputs):
             self._visit(Blocks(arrays, m, n), sample_ids)
             return
-        self.inputs = self._checked("inputs", inputs, (None, m))
+        with group.together():
+            self.inputs = self._checked("inputs", inputs, (None, m))
         count = len(self.inputs)
-        if count < 2:
+        before, total = group.span(count)
+        if total < 2:
             raise InputError(
                 complain(
-                    f"{count} calibration row(s)", "at least 2", "Pass more calibration inputs."
+                    f"{total} calibration row(s)", "at least 2", "Pass more calibration inputs."
                 )
             )
-        self.linear_targets = self._checked("linear_targets", linear_targets, (count, n))
-        self.targets = self._checked("targets", targets, (count, n))
+        with group.together():
+            self.linear_targets = self._checked("linear_targets", linear_targets, (count, n))
+            self.targets = self._checked("targets", targets, (count, n))
         if self.targets is None:
             response = self.linear_targets
             if response is None:
@@ -135,7 +144,7 @@ class LayerIO:
         elif self.targets.dtype != self.inputs.dtype:
             self.targets = self.targets.astype(self.inputs.dtype)
         self.rows, self.dtype = count, self.inputs.dtype
-        self._name_samples(sample_ids)
+        self._name_samples(sample_ids, before)
 
     @classmethod
     def from_blocks(
@@ -183,10 +192,16 @@ class LayerIO:
         return self
 
     def _describe(
-        self, weight: Any, bias: Any, activation: Any, kernel_size: Any, ops: NumpyOps
+        self,
+        weight: Any,
+        bias: Any,
+        activation: Any,
+        kernel_size: Any,
+        ops: NumpyOps,
+        group: Group = ALONE,
     ) -> None:
         """The layer itself, checked."""
-        self.ops, self.blocks = ops, None
+        self.ops, self.blocks, self.group = ops, None, group
         weight = _floating(self.ops, "weight", weight)
         if weight.ndim < 2:
             raise InputError(
@@ -223,9 +238,9 @@ class LayerIO:
         self.blocks, self.rows, self.dtype = blocks, blocks.rows, blocks.dtype
         self._name_samples(sample_ids)
 
-    def _name_samples(self, sample_ids: Any) -> None:
+    def _name_samples(self, sample_ids: Any, before: int = 0) -> None:
         if sample_ids is None:
-            sample_ids = np.arange(self.rows)
+            sample_ids = np.arange(before, before + self.rows)
         self.sample_ids = np.asarray(self.ops.to_numpy(self.ops.asarray(sample_ids)))
         if self.sample_ids.shape != (self.rows,) or np.any(np.diff(self.sample_ids) < 0):
             raise InputError(
@@ -284,14 +299,18 @@ class LayerIO:
     def split(self, held_out: float, fold: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers to fit on and to hold out, by whole samples spread evenly over the data.
 
+        Numbers of this rank's rows; which they are does not depend on how many ranks there are.
+
         Rows without samples of their own are taken in 64 neighbouring runs, because neighbours
         (positions of one image, frames of one sound) are often alike. Other folds hold other
         samples out; together, ``round(1 / held_out)`` of them hold each one out once.
         """
-        samples, inverse = np.unique(self.sample_ids, return_inverse=True)
-        if len(samples) == len(self.sample_ids):
+        before, total = self.group.span(len(self.sample_ids))
+        samples, inverse = np.unique(self.group.gather(self.sample_ids), return_inverse=True)
+        if len(samples) == total:
             inverse = inverse * min(64, len(samples)) // len(samples)
-        count = int(inverse[-1]) + 1
+        count = int(inverse.max()) + 1
+        inverse = inverse[before : before + len(self.sample_ids)]
         if held_out == 0 or count < 2:
             return np.arange(len(inverse)), np.arange(0)
         step = max(2, round(1 / held_out))

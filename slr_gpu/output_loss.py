@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import InputError, ModelError, complain
 from .graph import _tensors
+from .parallel import ALONE, Group
 
 LOSSES = ("kl", "mse")
 
@@ -75,11 +77,12 @@ def output_loss(
     return total, sum(w.double().square().sum() for w in wanted)
 
 
-def mean_loss(loss: str, wanted: list[Any], got: Any) -> float:
-    """The mean over batches: one output of the original's for each of an iterable's."""
+def mean_loss(loss: str, wanted: list[Any], got: Any, group: Group = ALONE) -> float:
+    """The mean over all ranks' batches: one output of the original's for each of an iterable's."""
     total = count = 0.0
     with torch.no_grad():
         for reference, output in zip(wanted, got, strict=True):
             part, size = output_loss(loss, reference, output)
             total, count = total + float(part), count + float(size)
+    total, count = (float(x) for x in group.sum((np.array(total), np.array(count))))
     return max(total, 0.0) / max(count, 1e-30)

@@ -25,6 +25,7 @@ from .capture import (
     Sampler,
     as_batches,
     by_position,
+    check_finite,
     first_samples,
     first_tensor,
     record_references,
@@ -35,6 +36,7 @@ from .graph import LayerSite, find_sites, fold_batch_norm
 from .layer_budget import BLOCK, LayerBudget, check_form
 from .lowering import lower, non_leaf_tensors
 from .ops import get_ops
+from .parallel import ALONE, Group
 from .progress import Advance
 from .solvers import SOLVERS, Majorize, Solver
 
@@ -134,6 +136,8 @@ class Prepared:
     calibration_data : see `slr_gpu.capture.as_batches`
     settings : Settings
     device : str
+    group : Group
+        The ranks that share the work; each keeps its share of the batches.
 
     Attributes
     ----------
@@ -155,6 +159,13 @@ class Prepared:
     totals : dict of str to float
         What the whole dense model costs.
     batches : list of tuple
+        Of this rank.
+    batch_sizes : list of int
+        Of all ranks' batches.
+    samples_before, sample_count : int
+        Samples on the ranks before this one, and on all.
+    first_batch : tuple
+        Of all ranks.
     sampler : Sampler
 
     Raises
@@ -164,6 +175,18 @@ class Prepared:
     """
 
     def __init__(
+        self,
+        model: nn.Module,
+        calibration_data: Any,
+        settings: Settings,
+        device: str,
+        group: Group = ALONE,
+    ) -> None:
+        self.group = group
+        with group.together():
+            self._prepare(model, calibration_data, settings, group.place(device))
+
+    def _prepare(
         self, model: nn.Module, calibration_data: Any, settings: Settings, device: str
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -172,7 +195,7 @@ class Prepared:
             )
         self.settings, self.source = settings, model
         self.ops = get_ops(device)
-        self.batches = as_batches(calibration_data, model, settings.batch_size)
+        self._share(as_batches(calibration_data, model, settings.batch_size))
         _check_weights(model)
         self.work = _copy(model)
         if self.ops.device != "cpu":
@@ -199,21 +222,38 @@ class Prepared:
             site.name: _cost(site, self.work.get_submodule(site.name)) for site in self.chosen
         }
         self.totals = self._totals()
-        self.batch_sizes = [len(first_tensor(batch)) for batch in self.batches]
-        self.sample_count = sum(self.batch_sizes)
-        self.sampler = Sampler(settings.samples, self.batch_sizes, settings.seed)
+        self.sampler = Sampler(settings.samples, self.batch_sizes, settings.seed, self.group)
         self._references: References | None = None
+
+    def _share(self, batches: list[Batch]) -> None:
+        """Keep this rank's batches, and of the others what all must know."""
+        if len(batches) < self.group.size:
+            raise InputError(
+                complain(
+                    f"{len(batches)} calibration batch(es) for {self.group.size} ranks",
+                    "at least one for each",
+                    "Use fewer ranks, or a smaller batch_size.",
+                )
+            )
+        self.batch_sizes = [len(first_tensor(batch)) for batch in batches]
+        self.sample_count = sum(self.batch_sizes)
+        # It shows every rank the same shapes.
+        self.first_batch = batches[0]
+        share = self.group.share(len(batches))
+        self.samples_before = sum(self.batch_sizes[: share.start])
+        self.batches = batches[share.start : share.stop]
+        check_finite(self.batches, share.start)
 
     @property
     def first_sample(self) -> Batch:
-        return first_samples(self.batches[0], 1)
+        return first_samples(self.first_batch, 1)
 
     @property
     def example(self) -> Batch:
         """Two samples, so that exporting need not take a batch of one for a constant."""
         return tuple(
             item.detach().cpu().clone() if isinstance(item, torch.Tensor) else item
-            for item in by_position(self.source, first_samples(self.batches[0], 2))
+            for item in by_position(self.source, first_samples(self.first_batch, 2))
         )
 
     def form(self, name: str, budget: LayerBudget | None = None) -> str:
@@ -233,18 +273,31 @@ class Prepared:
     def references(self, advance: Advance = lambda samples: None) -> References:
         """The original's responses of all chosen layers, from one pass that is made once."""
         if self._references is None:
-            self._references = record_references(
-                self.original,
-                self.batches,
-                self.chosen,
-                self.sampler,
-                with_inputs=not self.settings.asymmetric,
-                ops=self.ops,
-                advance=advance,
-            )
+            with self.group.together():
+                self._references = record_references(
+                    self.original,
+                    self.batches,
+                    self.chosen,
+                    self.sampler,
+                    with_inputs=not self.settings.asymmetric,
+                    ops=self.ops,
+                    advance=lambda samples: advance(samples * self.group.size),
+                )
+                self._check_reached(self._references)
         else:
             advance(self.sample_count)
         return self._references
+
+    def _check_reached(self, references: References) -> None:
+        missing = [site.name for site in self.chosen if not references.uses[site.name]]
+        if missing:
+            raise ModelError(
+                complain(
+                    f"calibration data that never reach {', '.join(missing)}",
+                    "some that do, on every rank",
+                    "Use fewer ranks, or leave these layers out by ignore=.",
+                )
+            )
 
     def restored(self) -> nn.Module:
         """The compressed copy with the device, the dtype and the modes of the user's model."""
@@ -265,7 +318,7 @@ class Prepared:
 
     def _sites(self) -> dict[str, LayerSite]:
         """All layers; those whose one input row is the same for every sample stay dense."""
-        work, batch = self.work, self.batches[0]
+        work, batch = self.work, self.first_batch
 
         def watched(count: int) -> dict[str, LayerSite]:
             with torch.no_grad():

@@ -34,12 +34,16 @@ from .metric import Metric, RowMetric
 from .ops import NumpyOps
 from .penalties import outer
 from .samples import Samples, to_basis
-from .streamed import split_samples
+from .streamed import ESTIMATE_ROWS, split_samples
 
 Array = Any
 
 # The Gram matrix is added up in float64 after each block: fewer, larger ones.
 GRAM_BLOCK = 16384
+# Gram matrices of so many multiply-adds are formed in float64, which takes half a second then: what
+# float32 leaves of rounding differs with the blocks that rows are cut into, and with the ranks that
+# hold them, and the small eigenvalues of G make much of it.
+PRECISE = 2e10
 # The most columns whose Gram matrix is formed: that, its ridge and its factor take 3 GB then.
 WIDEST = 11_000
 # The most rows that a problem by rows is fitted on: its solves grow with their square.
@@ -119,19 +123,19 @@ class ResponseProblem:
         self.activation = layer_io.activation if activation is None else activation
         self.basis: Array | None = None
         fitted, held = layer_io.split(held_out, fold)
-        if len(fitted) < 2:
+        group = layer_io.group
+        before, total = group.span(len(fitted))
+        if total < 2:
             raise InputError(
-                complain(
-                    f"{len(fitted)} row(s) to fit on", "at least 2", "Pass more, or held_out=0."
-                )
+                complain(f"{total} row(s) to fit on", "at least 2", "Pass more, or held_out=0.")
             )
         dtype, xp = layer_io.dtype, ops.xp
         m = layer_io.weight.shape[1]
         self.by_rows, self.notes = by_rows or m > WIDEST, ()
-        if self.by_rows and len(fitted) > MOST_ROWS:
-            every = fitted
-            fitted = every[:: -(-len(every) // MOST_ROWS)]
-            self.notes = (f"fitted on {len(fitted)} of {len(every)} rows: {m} columns",)
+        if self.by_rows and total > MOST_ROWS:
+            step = -(-total // MOST_ROWS)
+            fitted = fitted[-before % step :: step]
+            self.notes = (f"fitted on {-(-total // step)} of {total} rows: {m} columns",)
         self.W = ops.asarray(layer_io.weight, dtype if self.by_rows else xp.float64)
         self.bias = ops.asarray(layer_io.bias, xp.float64)
         # A linear fit aims at the response before the activation, held-out stays after it.
@@ -143,6 +147,8 @@ class ResponseProblem:
         energy = self._centre()
         self.held = make_held()
         self.held.centre(self.x_mean)
+        if self.by_rows:
+            self.samples = self.samples.gathered()
         self.rho = ridge * self._ridge_unit
         self._energies = (energy, self._weight_energy())
 
@@ -150,52 +156,47 @@ class ResponseProblem:
         """Centre the inputs, set what tells the scales of the problem, and return ``||Zc||^2``.
 
         Centring comes before squaring: nearly constant inputs would leave only rounding after it.
-        That takes a pass for the means and another for the squares, of which some thousand rows
-        are enough. Where means are known roughly beforehand, one pass does: with d the mean of
-        what they leave, ``sum (x - d)^2 = sum x^2 - P d^2`` then loses nothing. A convolution's
-        `channel_scatter`, with which most fits begin, is taken along in that pass.
+        That takes a pass for the means and another for the squares. Where means are known roughly
+        beforehand, one pass does: with d the mean of what they leave,
+        ``sum (x - d)^2 = sum x^2 - P d^2`` then loses nothing. A convolution's `channel_scatter`,
+        with which most fits begin, is taken along in that pass.
         """
         xp, samples, rough = self.ops.xp, self.samples, self.samples.rough_means
-        square, step, dtype = xp.square, max(1, self.rows // 2048), samples.dtype
+        dtype = samples.dtype
+
+        def squares(*arrays):
+            return tuple(xp.square(array).sum(dtype="float64") for array in arrays)
 
         def means(X, Y, Z):
             return X.sum(axis=0, dtype="float64"), Z.sum(axis=0, dtype="float64")
-
-        def squares(X, Y, Z):
-            some = X[::step]
-            count = xp.full((), len(some))
-            return count, *(square(A).sum(dtype="float64") for A in (some, Z, Y))
 
         if rough is None:
             sums = samples.sum(means, block=GRAM_BLOCK, wants="XZ")
             self.x_mean, self.z_mean = (total / self.rows for total in sums)
             samples.centre(self.x_mean)
             z_mean = self.z_mean.astype(dtype)
-            count, inputs, energy, wanted = samples.sum(
-                lambda X, Y, Z: squares(X, Y, Z - z_mean), block=GRAM_BLOCK
+            energy, wanted = samples.sum(
+                lambda X, Y, Z: squares(Z - z_mean, Y), block=GRAM_BLOCK, wants="YZ"
             )
         else:
             x_rough, z_rough = (mean.astype(dtype) for mean in rough)
 
             def everything(X, Y, Z):
-                left = X - x_rough
-                some = left[::step].sum(axis=0, dtype="float64")
-                product = (self._channel_product(left),) if self.taps > 1 else ()
-                return *squares(left, Y, Z - z_rough), *means(X, Y, Z), some, *product
+                product = (self._channel_product(X - x_rough),) if self.taps > 1 else ()
+                return *squares(Z - z_rough, Y), *means(X, Y, Z), *product
 
-            count, inputs, energy, wanted, x_sum, z_sum, some, *product = samples.sum(
-                everything, block=GRAM_BLOCK
-            )
+            energy, wanted, x_sum, z_sum, *product = samples.sum(everything, block=GRAM_BLOCK)
             self.x_mean, self.z_mean = x_sum / self.rows, z_sum / self.rows
             samples.centre(self.x_mean)
             x_left, z_left = self.x_mean - x_rough, self.z_mean - z_rough
-            inputs = inputs - 2 * (some @ x_left) + count * (x_left @ x_left)
             energy = energy - self.rows * (z_left @ z_left)
             for total in product:
                 by_taps = x_left.reshape(-1, self.taps)
                 self.channel_scatter = total - self.rows * (by_taps @ by_taps.T)
-        unit = float(inputs) / float(count) / self.width * self.rows
-        self._ridge_unit = max(unit, 1e-30)
+        # The mean diagonal of the Gram matrix: some thousand rows tell it.
+        some = samples.thinned(-(-self.rows // ESTIMATE_ROWS))
+        (inputs,) = some.sum(lambda X, Y, Z: squares(X), wants="X")
+        self._ridge_unit = max(float(inputs) / some.rows / self.width * self.rows, 1e-30)
         self.target_energy = max(float(wanted) / self.rows, 1e-30)
         return max(float(energy), 0.0)
 
@@ -231,7 +232,13 @@ class ResponseProblem:
 
     def _products(self, function: Callable[..., tuple[Array, ...]], wants: str) -> tuple:
         """Sums of products of rows, in the large blocks that suit them."""
-        return self.samples.sum(function, block=GRAM_BLOCK, largest=GRAM_BLOCK, wants=wants)
+        small = self.rows * self.width**2 <= PRECISE
+        dtype = self.ops.xp.dtype("float64") if small else self.samples.dtype
+
+        def products(*arrays):
+            return function(*(None if a is None else a.astype(dtype, copy=False) for a in arrays))
+
+        return self.samples.sum(products, block=GRAM_BLOCK, largest=GRAM_BLOCK, wants=wants)
 
     @cached_property
     def G(self) -> Array:
@@ -276,6 +283,7 @@ class ResponseProblem:
             return self
         other = self._without("metric")
         other.by_rows, other.W = True, self.W.astype(self.samples.dtype)
+        other.samples = self.samples.gathered()
         return other
 
     def thinned(self, rows: int) -> ResponseProblem:

@@ -13,6 +13,9 @@ where all a are what these terms are on held-out samples at first.
 Inputs are mixed in pairs, x = a x_i + (1 - a) x_j: the original answers for any input, so mixtures
 are further calibration data (Beyer et al. 2022, "a good teacher is patient and consistent"). The
 weights of the epoch with the least loss on held-out samples are kept, if it is less than before.
+
+Several ranks each train on their own samples and average their gradients, so that all keep the same
+weights; which samples a batch holds, and so what comes out, depends on how many ranks there are.
 """
 
 from __future__ import annotations
@@ -22,18 +25,20 @@ import numbers
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import Batch, Named, first_input, full_precision, run_model
+from .capture import Batch, Named, first_input, first_tensor, full_precision, run_model
 from .checkpoint import Store
 from .errors import InputError, complain
 from .graph import hooks
 from .output_loss import choose_loss, mean_loss, output_loss
+from .parallel import ALONE, Group
 from .prepare import Prepared
 from .progress import progress_bar
 from .sensitivity import held_out_batches
@@ -136,34 +141,46 @@ def refine_model(
     """
     began = time.perf_counter()
     work, original = prepared.work, prepared.original
-    fitted, held = held_out_batches(prepared.batches, prepared.settings.held_out)
+    group = prepared.group
+    fitted, held = held_out_batches(
+        prepared.batches,
+        prepared.settings.held_out,
+        prepared.samples_before,
+        prepared.sample_count,
+    )
+    _check_fitted(group, fitted)
     ran = [name for name, site in prepared.sites.items() if site.calls]
     late = ran[max(0, len(ran) - settings.features) :]
     with torch.no_grad():
         wanted, got = ([_run(model, batch, late) for batch in held] for model in (original, work))
-        loss = choose_loss(loss, wanted[0][0])
+        loss = choose_loss(loss, run_model(original, prepared.first_sample))
         pairs = zip(wanted, got, strict=True)
-        rows = [_terms(loss, *pair, settings.temperature) for pair in pairs]
+        rows = [list(map(float, _terms(loss, *pair, settings.temperature))) for pair in pairs]
+    rows = [row for of_rank in group.objects(rows) for row in of_rank]
     first_terms = [float(sum(column)) / len(rows) for column in zip(*rows, strict=False)]
     outputs = [output for output, _ in wanted]
     parameters = [p for name in names for p in work.get_submodule(name).parameters()]
-    trainer = _Trainer(parameters, settings)
-    batches = _Batches(original, fitted, settings, late)
-    steps = settings.epochs * len(batches)
+    trainer = _Trainer(parameters, settings, group)
+    # A step sees as many samples as on one rank.
+    own = replace(settings, batch_size=max(1, settings.batch_size // group.size))
+    batches = _Batches(original, fitted, own, late)
+    in_epoch = min(group.objects(len(batches)))
+    steps = settings.epochs * in_epoch
 
     def judge() -> float:
-        return mean_loss(loss, outputs, (run_model(work, batch) for batch in held))
+        return mean_loss(loss, outputs, (run_model(work, batch) for batch in held), group)
 
-    before = trainer.best = mean_loss(loss, outputs, (output for output, _ in got))
+    before = trainer.best = mean_loss(loss, outputs, (output for output, _ in got), group)
     first = 0 if store is None else trainer.load(store)
     bar = progress_bar("refining all layers", steps, show=progress)
     with bar as advance, full_precision(), _only_these_train(work, parameters):
-        advance(first * len(batches))
+        advance(first * in_epoch)
         for epoch in range(first, settings.epochs):
-            for number, (batch, target) in enumerate(batches.of_epoch(epoch)):
+            for number, (batch, target) in enumerate(islice(batches.of_epoch(epoch), in_epoch)):
                 answer = _run(work, batch, late)
                 terms = _terms(loss, target, answer, settings.temperature)
-                trainer.step(_weighted(terms, first_terms), (epoch * len(batches) + number) / steps)
+                share = (epoch * in_epoch + number) / steps
+                trainer.step(_weighted(terms, first_terms), share, len(first_tensor(batch)))
                 advance(1)
             trainer.note(judge())
             if store is not None:
@@ -177,6 +194,14 @@ def refine_model(
         "seconds": time.perf_counter() - began,
         **settings.as_dict(),
     }
+
+
+def _check_fitted(group: Group, fitted: list[Batch]) -> None:
+    with group.together():
+        if not fitted:
+            raise InputError(
+                complain("no samples to train on", "some that are not held out", "Use fewer ranks.")
+            )
 
 
 # What a model returned, and what some of its layers read.
@@ -236,8 +261,10 @@ def _only_these_train(model: nn.Module, parameters: list[nn.Parameter]) -> Itera
 class _Trainer:
     """Adam on some parameters, the best values seen, and both on disk."""
 
-    def __init__(self, parameters: list[nn.Parameter], settings: Refinement) -> None:
-        self.parameters = parameters
+    def __init__(
+        self, parameters: list[nn.Parameter], settings: Refinement, group: Group = ALONE
+    ) -> None:
+        self.parameters, self.group = parameters, group
         self.best, self.best_values = math.inf, self._values()
         # A fraction of the root mean square of each tensor as it is now.
         self.scales = [settings.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
@@ -246,13 +273,25 @@ class _Trainer:
     def _values(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.parameters]
 
-    def step(self, loss: Tensor, share: float) -> None:
-        """One step; `share` of all of them are done."""
+    def step(self, loss: Tensor, share: float, samples: int = 1) -> None:
+        """One step on the mean loss of the samples of all ranks; `share` of all steps are done."""
         for group, scale in zip(self.adam.param_groups, self.scales, strict=True):
             group["lr"] = scale * schedule(share)
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
+        if self.group.size > 1:
+            self._average_gradients(samples)
         self.adam.step()
+
+    def _average_gradients(self, samples: int) -> None:
+        for p in self.parameters:
+            if p.grad is None:  # control flow may leave a layer out
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.reshape(-1) for p in self.parameters]).double().cpu().numpy()
+        total, count = self.group.sum((samples * flat, np.float64(samples)))
+        parts = torch.from_numpy(total / count).split([p.numel() for p in self.parameters])
+        for p, part in zip(self.parameters, parts, strict=True):
+            p.grad.copy_(part.reshape(p.shape))
 
     def note(self, error: float) -> None:
         """Remember the values if this error is the least so far; NaN is not."""

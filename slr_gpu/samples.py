@@ -19,6 +19,7 @@ import numpy
 
 from .errors import BackendError, complain
 from .ops import NumpyOps
+from .parallel import ALONE, Group
 
 Array = Any
 
@@ -55,9 +56,13 @@ class Samples:
         The rows of these that count, on the host.
     dtype : dtype
         Of the rows on the device.
+    group : Group
+        The ranks over which the rows are spread, each with its own.
 
     Attributes
     ----------
+    rows : int
+        On all ranks together.
     resident : bool
         Whether the rows stay on the device.
     rough_means : tuple of (array, array), or None
@@ -67,9 +72,18 @@ class Samples:
     rough_means: tuple[Array, Array] | None = None
 
     def __init__(
-        self, ops: NumpyOps, X: Array, Y: Array, Z: Array | None, index: Array, dtype: Any
+        self,
+        ops: NumpyOps,
+        X: Array,
+        Y: Array,
+        Z: Array | None,
+        index: Array,
+        dtype: Any,
+        group: Group = ALONE,
     ) -> None:
-        self.ops, self.rows, self.dtype = ops, len(index), dtype
+        self.ops, self.dtype, self.group = ops, dtype, group
+        # The number of the first row on this rank among all, and how many rows there are here.
+        (self._first, self.rows), self._count = group.span(len(index)), len(index)
         self._mean: Array | None = None
         self._sizes: dict[tuple[int, int], int] = {}  # of blocks, asked for once
         self._source: tuple[Samples, Array, int] | None = None
@@ -129,23 +143,32 @@ class Samples:
 
     def thinned(self, step: int) -> Samples:
         """Every step-th row."""
-        other = copy.copy(self)
+        other, start = copy.copy(self), -self._first % step
         other.__dict__.pop("X", None)
         if self._source is not None:
             source, basis, taps = self._source
             other._source = (source.thinned(step), basis, taps)
         if self.resident:
-            other._arrays = tuple(array[::step] for array in self._arrays)
+            other._arrays = tuple(array[start::step] for array in self._arrays)
             if self._source is None or "X" in self.__dict__:
-                other.X = self.X[::step]
+                other.X = self.X[start::step]
         else:
-            other._index = self._index[::step]
-        other.rows = -(-self.rows // step)
+            other._index = self._index[start::step]
+        other._first, other.rows = (self._first + start) // step, -(-self.rows // step)
+        other._count = len(range(start, self._count, step))
         return other
+
+    def gathered(self) -> Samples:
+        """The same rows, all of them on every rank."""
+        if self.group.size == 1:
+            return self
+        own = (self.X, self.Y) if self._same else (self.X, self.Y, self.Z)
+        X, Y, *rest = (self.group.gather(self.ops.to_numpy(array)) for array in own)
+        return Samples(self.ops, X, Y, rest[0] if rest else Y, numpy.arange(len(X)), self.dtype)
 
     @cached_property
     def X(self) -> Array:
-        """All inputs (P, m') at once, on the device."""
+        """All inputs (P, m') of this rank at once, on the device."""
         if self._source is not None:
             source, basis, taps = self._source
             return to_basis(self.ops.xp, source.X, basis, taps)
@@ -155,12 +178,12 @@ class Samples:
 
     @property
     def Y(self) -> Array:
-        """All responses (P, n) wanted after the activation, at once."""
+        """All responses (P, n) of this rank wanted after the activation, at once."""
         return self._whole(1)
 
     @property
     def Z(self) -> Array:
-        """All responses (P, n) wanted before the activation, at once."""
+        """All responses (P, n) of this rank wanted before the activation, at once."""
         return self._whole(1 if self._same else 2)
 
     def _gathered(self, name: str) -> Array:
@@ -186,6 +209,8 @@ class Samples:
     ) -> tuple[Array, ...]:
         """Sum over blocks of rows what a function of (X, Y, Z) returns, in float64.
 
+        Over the rows of all ranks: all must ask for the same sums in the same order.
+
         Parameters
         ----------
         function : callable
@@ -210,7 +235,7 @@ class Samples:
         size = self._sizes[block, largest]
         totals: tuple[Array, ...] = ()
         done = 0
-        while done < self.rows:
+        while done < self._count:
             try:
                 for count, X, Y, Z in self._blocks(done, size, wants):
                     parts = function(X, Y, Z)
@@ -222,7 +247,20 @@ class Samples:
                     done += count
             except memory.errors as error:
                 size = self._smaller(size, error)
-        return totals
+        if not totals and self.rows:  # none on this rank: zeros of the right shapes
+            parts = function(*self._nothing())
+            totals = tuple(self.ops.xp.array(part, dtype="float64") for part in parts)
+        return self.group.sum(totals, self.ops.xp)
+
+    def _nothing(self) -> tuple[Array, Array, Array | None]:
+        """A block of no rows."""
+        width = self._arrays[0].shape[1]
+        if self._source is not None:
+            _, basis, taps = self._source
+            width = len(basis) * taps
+        empty = self.ops.xp.zeros((0, width), self.dtype)
+        responses = (self.ops.asarray(array[:0], self.dtype) for array in self._arrays[1:])
+        return self._triple(empty, *responses)[1:]
 
     def _bytes_a_row(self) -> int:
         """Inputs and responses, the inputs once more for a basis, Z of the iterate and R."""
@@ -230,7 +268,7 @@ class Samples:
         return (2 * inputs + 4 * responses) * self.dtype.itemsize
 
     def _smaller(self, size: int, error: BaseException) -> int:
-        size = min(size, self.rows) // 2
+        size = min(size, self._count) // 2
         if size < SMALLEST_BLOCK:
             raise BackendError(
                 complain(
@@ -249,7 +287,7 @@ class Samples:
         """Blocks from a row on: how many rows, X, Y and Z."""
         if self.resident:
             X = self.X
-            for start in range(first, self.rows, size):
+            for start in range(first, self._count, size):
                 rows = slice(start, start + size)
                 yield self._triple(X[rows], *(array[rows] for array in self._arrays[1:]))
             return

@@ -27,12 +27,13 @@ from .capture import (
     response_energies,
     run_model,
 )
-from .checkpoint import Store, fingerprint
+from .checkpoint import Store, check_ranks, fingerprint
 from .errors import InputError, complain
 from .graph import set_module
 from .knapsack import undominated
 from .latency import LatencyTarget, add_latency
 from .output_loss import choose_loss, mean_loss
+from .parallel import ALONE, Group
 from .prepare import Prepared, Settings
 from .problem import ResponseProblem
 from .progress import progress_bar
@@ -58,6 +59,7 @@ def analyze(
     cache: str | Path | None = None,
     device: str = "cpu",
     progress: bool = True,
+    group: Group = ALONE,
     **settings: Any,
 ) -> Analysis:
     """Measure how each layer trades its error for its cost; the first step of `compress`.
@@ -77,7 +79,7 @@ def analyze(
     cache : path, optional
         Folder in which finished layers wait; the same model, data and settings are not measured
         again. Not used with an `eval_fn`, which cannot be told from another one.
-    device, progress
+    device, progress, group
         See `slr_gpu.compress`.
     **settings
         Of `slr_gpu.prepare.Settings`, all explained in `slr_gpu.compress`: form, solver,
@@ -95,14 +97,15 @@ def analyze(
         See `slr_gpu.compress`.
     """
     check_allocation(allocation)
-    prepared = Prepared(model, calibration_data, Settings(**settings), device)
+    prepared = Prepared(model, calibration_data, Settings(**settings), device, group)
+    facts = {"allocation": allocation, "loss": loss}
+    check_ranks(prepared, facts)
     store = None
     if cache is not None and eval_fn is None:
-        facts = {"allocation": allocation, "loss": loss}
-        store = Store.named(cache, fingerprint(prepared) | facts)
+        store = Store.named(cache, fingerprint(prepared) | facts, group)
     analysis = measure(prepared, allocation, loss, eval_fn, store, progress)
     if latency is not None:
-        add_latency(prepared, analysis, latency)
+        analysis = group.first(lambda: add_latency(prepared, analysis, latency))
     return analysis
 
 
@@ -127,7 +130,8 @@ def measure(
     if allocation == "uniform":
         return analysis
     count = len(prepared.chosen)
-    bar = progress_bar("original responses", 2 * count, show=progress)
+    group = prepared.group
+    bar = progress_bar("original responses", 2 * count, show=progress and group.rank == 0)
     with bar as advance, full_precision():
         references = prepared.references(
             lambda samples: advance(count * samples / prepared.sample_count)
@@ -135,7 +139,7 @@ def measure(
         if not curves:
             for layer in analysis.layers:
                 targets = references.linear_targets[layer.cost.name]
-                layer.energies = pca_energies(targets, layer.cost.groups).tolist()
+                layer.energies = pca_energies(targets, layer.cost.groups, group).tolist()
             return analysis
         judge = None
         if allocation == "output":
@@ -187,7 +191,7 @@ def _measure(
     def affordable(structure) -> bool:
         return any(layer.cost.cost(structure, r) < layer.cost.dense(r) for r in resources)
 
-    energies = response_energies(references, site, layer.cost.groups)
+    energies = response_energies(references, site, layer.cost.groups, prepared.group)
     # Narrow layers: no basis is affordable.
     for form in dict.fromkeys((prepared.form(name), "columns")):
         tradeoffs = [TradeOff(problem, form, settings.multiple) for problem in problems]
@@ -252,44 +256,64 @@ class _Judge:
     def __init__(
         self, prepared: Prepared, loss: str, eval_fn: Callable[[nn.Module], float] | None
     ) -> None:
-        self.model, self.eval_fn = prepared.original, eval_fn
+        self.model, self.eval_fn, self.group = prepared.original, eval_fn, prepared.group
         if eval_fn is not None:
-            self.loss, self.before = "eval_fn", float(eval_fn(self.model))
+            self.loss, self.before = "eval_fn", self._evaluated()
             return
         names = [site.name for site in prepared.chosen]
         self.frontier = Frontier(self.model, judging_batches(prepared), names)
-        with torch.no_grad():
+        with torch.no_grad(), self.group.together():
             self.wanted = [run_model(self.model, batch) for batch in self.frontier.batches]
-        self.loss = choose_loss(loss, self.wanted[0])
+            sample = run_model(self.model, prepared.first_sample)
+        self.loss = choose_loss(loss, sample)
+
+    def _evaluated(self) -> float:
+        return self.group.first(lambda: float(self.eval_fn(self.model)))
 
     def __call__(self, name: str, replaced: nn.Module) -> float:
         if self.eval_fn is not None:
             layer = self.model.get_submodule(name)
             set_module(self.model, name, replaced)
             try:
-                return self.before - float(self.eval_fn(self.model))
+                return self.before - self._evaluated()
             finally:
                 set_module(self.model, name, layer)
         for _ in self.frontier.inputs(name):
             pass
-        return mean_loss(self.loss, self.wanted, self.frontier.outputs(name, replaced))
+        outputs = self.frontier.outputs(name, replaced)
+        return mean_loss(self.loss, self.wanted, outputs, self.group)
 
 
 def judging_batches(prepared: Prepared) -> list[Batch]:
-    """Held-out samples, at most about `JUDGES`, on which whole models are compared."""
-    return _first(held_out_batches(prepared.batches, prepared.settings.held_out)[1], JUDGES)
+    """This rank's held-out samples, at most about `JUDGES` on all, on which models are compared."""
+    batches = held_out_batches(
+        prepared.batches,
+        prepared.settings.held_out,
+        prepared.samples_before,
+        prepared.sample_count,
+    )[1]
+    before, _ = prepared.group.span(sum(len(first_tensor(batch)) for batch in batches))
+    return _first(batches, JUDGES - before)
 
 
-def held_out_batches(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
+def held_out_batches(
+    batches: list[Batch], held_out: float, start: int = 0, count: int | None = None
+) -> tuple[list[Batch], list[Batch]]:
     """Batches of the samples that layers are fitted on, and of those that judge.
 
     The same samples as `LayerIO.split` holds out. All samples are in both where none are.
+
+    Parameters
+    ----------
+    start, count : int
+        Samples before these batches, and in all, where these are not all.
     """
-    count = sum(len(first_tensor(batch)) for batch in batches)
+    if count is None:
+        count = sum(len(first_tensor(batch)) for batch in batches)
     if held_out == 0:
         return batches, batches
     step = max(2, round(1 / held_out))
-    fitted, held, start = [], [], 0
+    fitted, held = [], []
     for batch in batches:
         size = len(first_tensor(batch))
         chosen = torch.arange(start, start + size) % step == min(step, count) - 1

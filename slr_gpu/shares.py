@@ -22,6 +22,7 @@ import numpy as np
 from .budget import LayerCost, check_reachable, remaining
 from .layer_budget import LayerBudget, Limit
 from .ops import NumpyOps
+from .parallel import ALONE, Group
 
 
 def uniform(
@@ -150,17 +151,19 @@ def select_ranks(
     return ranks
 
 
-def pca_energies(responses: Any, groups: int = 1) -> np.ndarray:
+def pca_energies(responses: Any, groups: int = 1, ranks: Group = ALONE) -> np.ndarray:
     """Eigenvalues of the covariance of responses (P, n) on any device, descending.
 
-    Their mean (n / groups,) over groups of neighbouring responses.
+    Their mean (n / groups,) over groups of neighbouring responses; P rows on each of the ranks.
     """
     responses = NumpyOps().asarray(responses)
-    centred = responses - responses.mean(axis=0, dtype=np.float64).astype(responses.dtype)
+    rows = ranks.span(len(responses))[1]
+    (total,) = ranks.sum((responses.sum(axis=0, dtype=np.float64),))
+    centred = responses - (total / rows).astype(responses.dtype)
     energies = []
     for part in np.split(centred, groups, axis=1):
-        gram = (part.T @ part).astype(np.float64)
-        energies.append(np.linalg.eigvalsh(gram / len(responses))[::-1].clip(min=0))
+        (gram,) = ranks.sum(((part.T @ part).astype(np.float64),))
+        energies.append(np.linalg.eigvalsh(gram / rows)[::-1].clip(min=0))
     return np.mean(energies, axis=0)
 
 

@@ -20,6 +20,7 @@ from .activations import Activation
 from .blocks import Kept
 from .layer_io import LayerIO
 from .ops import NumpyOps
+from .parallel import ALONE
 from .samples import Samples
 
 Array = Any
@@ -116,10 +117,11 @@ def split_samples(
         Y, Z = roles.pair(
             layer_io.ops, lambda: layer_io.responses, layer_io.targets, layer_io.linear_targets
         )
-        samples = Samples(ops, layer_io.inputs, Y, Z, fitted, dtype)
+        group = layer_io.group
+        samples = Samples(ops, layer_io.inputs, Y, Z, fitted, dtype, group)
 
         def held_samples() -> Samples:
-            return Samples(ops, layer_io.inputs, layer_io.targets, None, held, dtype)
+            return Samples(ops, layer_io.inputs, layer_io.targets, None, held, dtype, group)
 
         return samples, held_samples, held
     bytes_a_row = sum(layer_io.weight.shape) * dtype.itemsize
@@ -173,6 +175,7 @@ class StreamedSamples(Samples):
         self, layer_io: LayerIO, ops: NumpyOps, index: Array, linear: bool, held: Kept
     ) -> None:
         self.ops, self.rows, self.dtype = ops, len(index), layer_io.dtype
+        self.group, self._first, self._count = ALONE, 0, len(index)
         self.layer_io, self.held, self._index = layer_io, held, index
         self.resident, self._mean, self._source = False, None, None
         self._sizes: dict[tuple[int, int], int] = {}

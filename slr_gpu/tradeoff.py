@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy
+
 from .curves import rotated
 from .decomposition import Structure
 from .layer_budget import LayerBudget
@@ -159,10 +161,11 @@ class TradeOff:
         taps = problem.taps
         xp = problem.ops.xp
         # Sums up to each size, so that every pair (s, r) is one difference.
-        responses = [xp.zeros((rows.rows, problem.n), rows.dtype)]
+        X = rows.X
+        responses = [xp.zeros((len(X), problem.n), rows.dtype)]
         grams = [xp.zeros((problem.n, problem.n))]
         widths = [size * taps for size in sizes[1:]]
-        for added, gram in problem.metric.increments(problem, rows.X, widths):
+        for added, gram in problem.metric.increments(problem, X, widths):
             responses.append(responses[-1] + added)
             grams.append(grams[-1] + gram)
         for j, r in enumerate(sizes):
@@ -215,13 +218,14 @@ class TradeOff:
             frame = self._frame.astype(Y.dtype)
             fixed, U = fixed @ frame.T, frame @ U if most else None
         Z = fixed + problem.z_mean.astype(Y.dtype)
-        energy = float(xp.sum(Y * Y, dtype="float64"))
-        points, done = [], 0
+        losses, done = [xp.sum(Y * Y, dtype="float64")], 0
         for structure in structures:
             if structure.k > done:
                 Z = Z + along[:, done : structure.k] @ U[:, done : structure.k].T
                 done = structure.k
             miss = activation.value(ops, Z) - Y
-            error = float(xp.sum(miss * miss, dtype="float64")) / max(energy, 1e-30)
-            points.append(Point(structure, error))
-        return points
+            losses.append(xp.sum(miss * miss, dtype="float64"))
+        (losses,) = rows.group.sum((xp.stack(losses),), xp)
+        energy, *losses = ops.to_numpy(losses)
+        errors = numpy.array(losses) / max(energy, 1e-30)
+        return [Point(s, float(e)) for s, e in zip(structures, errors, strict=True)]

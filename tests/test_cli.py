@@ -7,10 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from slr_gpu.cli import app
+from slr_gpu.cli_inputs import clear_errors
+from slr_gpu.errors import InputError
 
 MODEL = """
 from torch import nn
@@ -38,6 +41,13 @@ def folder(tmp_path, monkeypatch):
     save_file(cli_model.make().state_dict(), "weights.safetensors")
     np.save("calib.npy", np.random.default_rng(0).normal(size=(60, 2, 6, 6)))
     return tmp_path
+
+
+def test_an_error_is_printed_as_it_is(capsys):
+    """Brackets are markup to rich."""
+    with pytest.raises(typer.Exit), clear_errors():
+        raise InputError("got [/tmp/x.npy] and [red]; expected none")
+    assert "error: got [/tmp/x.npy] and [red]; expected none" in capsys.readouterr().err
 
 
 def run(*arguments):
