@@ -16,7 +16,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .cli_inputs import clear_errors, import_object, load_data, load_model, make_solver, parse_keep
+from .cli_inputs import (
+    calibration_data,
+    clear_errors,
+    import_object,
+    load_data,
+    load_model,
+    make_solver,
+    parse_bytes,
+    parse_keep,
+)
 from .errors import BackendError, InputError, complain
 
 app = typer.Typer(
@@ -54,7 +63,9 @@ def _label_models(paths: list[Path]) -> dict[str, list[Path]]:
 
 # Options that several commands share.
 _Model = Annotated[str, typer.Option(help="pkg.module:factory that makes the model.")]
-_Data = Annotated[str, typer.Option(help="calib.npy, calib.npz or pkg.module:loader.")]
+_Data = Annotated[
+    str, typer.Option(help="calib.npy, calib.npz, a folder of .npy files or pkg.module:loader.")
+]
 _Keep = Annotated[str, typer.Option(help="For example flops=0.25 or flops=0.25,params=0.5.")]
 _Out = Annotated[Path, typer.Option(help="Folder for the result.")]
 _Weights = Annotated[Path | None, typer.Option(help="safetensors file of its weights.")]
@@ -70,6 +81,12 @@ _KeepEnds = Annotated[bool, typer.Option(help="Leave the first and last layer de
 _Asymmetric = Annotated[bool, typer.Option(help="Fit on the compressed prefix's inputs.")]
 _Seed = Annotated[int, typer.Option(help="Of the choice of rows.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:<index> or auto.")]
+_SpillDir = Annotated[
+    Path | None, typer.Option(help="Folder for activations that do not fit in memory.")
+]
+_MemoryLimit = Annotated[
+    str | None, typer.Option(help="Of data and waiting activations in memory, e.g. 2GiB.")
+]
 _Refine = Annotated[bool, typer.Option("--refine", help="Then train all layers together.")]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was cut short.")]
 _Export = Annotated[
@@ -101,6 +118,8 @@ def compress(
     refine: _Refine = False,
     resume: _Resume = False,
     device: _Device = "cpu",
+    spill_dir: _SpillDir = None,
+    memory_limit: _MemoryLimit = None,
     export: _Export = [],
     runtime: _Runtime = "auto",
     threads: _Threads = 1,
@@ -113,7 +132,7 @@ def compress(
         budget, chosen = parse_keep(keep), make_solver(solver)
         result = run(
             load_model(model, weights),
-            load_data(data),
+            calibration_data(data),
             budget,
             form=form,
             solver=chosen,
@@ -128,6 +147,8 @@ def compress(
             checkpoint=out / _CHECKPOINT,
             resume=resume,
             device=device,
+            spill_dir=spill_dir,
+            memory_limit=parse_bytes(memory_limit),
         )
         _write(result, out, export, runtime, threads)
 
@@ -149,6 +170,8 @@ def analyze(
     asymmetric: _Asymmetric = True,
     seed: _Seed = 0,
     device: _Device = "cpu",
+    spill_dir: _SpillDir = None,
+    memory_limit: _MemoryLimit = None,
     picture: _Picture = None,
 ) -> None:
     """Measure what each layer loses at what cost: analysis.json, and plan.json with --keep."""
@@ -158,7 +181,7 @@ def analyze(
         budget = None if keep is None else parse_keep(keep)
         analysis = run(
             load_model(model, weights),
-            load_data(data),
+            calibration_data(data),
             allocation=allocation or "output",
             form=form,
             solver=make_solver(solver),
@@ -170,6 +193,8 @@ def analyze(
             seed=seed,
             cache=out / _CHECKPOINT,
             device=device,
+            spill_dir=spill_dir,
+            memory_limit=parse_bytes(memory_limit),
         )
         analysis.save(out / "analysis.json")
         shutil.rmtree(out / _CHECKPOINT, ignore_errors=True)
@@ -204,6 +229,8 @@ def apply(
     refine: _Refine = False,
     resume: _Resume = False,
     device: _Device = "cpu",
+    spill_dir: _SpillDir = None,
+    memory_limit: _MemoryLimit = None,
     export: _Export = [],
     runtime: _Runtime = "auto",
     threads: _Threads = 1,
@@ -216,12 +243,14 @@ def apply(
         _check_export(export, runtime)
         result = run(
             load_model(model, weights),
-            load_data(data),
+            calibration_data(data),
             Plan.load(plan),
             refine=refine,
             checkpoint=out / _CHECKPOINT,
             resume=resume,
             device=device,
+            spill_dir=spill_dir,
+            memory_limit=parse_bytes(memory_limit),
         )
         _write(result, out, export, runtime, threads)
 

@@ -11,6 +11,7 @@ import copy
 import fnmatch
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,18 +19,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .adapters import adapter_for
+from .batches import Batch, by_position, first_samples, first_tensor, run_model
 from .budget import LayerCost
-from .capture import (
-    Batch,
-    References,
-    Sampler,
-    as_batches,
-    by_position,
-    first_samples,
-    first_tensor,
-    record_references,
-    run_model,
-)
+from .calibration import as_batches
+from .capture import References, Sampler, record_references
 from .errors import InputError, ModelError, complain
 from .graph import LayerSite, find_sites, fold_batch_norm
 from .layer_budget import BLOCK, LayerBudget, check_form
@@ -37,6 +30,7 @@ from .lowering import lower, non_leaf_tensors
 from .ops import get_ops
 from .progress import Advance
 from .solvers import SOLVERS, Majorize, Solver
+from .spill import Spill
 
 _OVERRIDES = ("keep", "form")
 
@@ -131,9 +125,11 @@ class Prepared:
     Parameters
     ----------
     model : nn.Module
-    calibration_data : see `slr_gpu.capture.as_batches`
+    calibration_data : see `slr_gpu.calibration.as_batches`
     settings : Settings
     device : str
+    spill_dir, memory_limit
+        See `slr_gpu.compress`.
 
     Attributes
     ----------
@@ -154,8 +150,10 @@ class Prepared:
         Of the chosen layers.
     totals : dict of str to float
         What the whole dense model costs.
-    batches : list of tuple
+    batches : Batches
     sampler : Sampler
+    spill : Spill
+        Where activations wait; a context, closed after each use.
 
     Raises
     ------
@@ -164,7 +162,14 @@ class Prepared:
     """
 
     def __init__(
-        self, model: nn.Module, calibration_data: Any, settings: Settings, device: str
+        self,
+        model: nn.Module,
+        calibration_data: Any,
+        settings: Settings,
+        device: str,
+        *,
+        spill_dir: str | Path | None = None,
+        memory_limit: float | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(
@@ -172,7 +177,8 @@ class Prepared:
             )
         self.settings, self.source = settings, model
         self.ops = get_ops(device)
-        self.batches = as_batches(calibration_data, model, settings.batch_size)
+        self.spill = Spill(spill_dir, memory_limit, self.ops.device)
+        self.batches = as_batches(calibration_data, model, settings.batch_size, memory_limit)
         _check_weights(model)
         self.work = _copy(model)
         if self.ops.device != "cpu":
@@ -199,21 +205,20 @@ class Prepared:
             site.name: _cost(site, self.work.get_submodule(site.name)) for site in self.chosen
         }
         self.totals = self._totals()
-        self.batch_sizes = [len(first_tensor(batch)) for batch in self.batches]
-        self.sample_count = sum(self.batch_sizes)
-        self.sampler = Sampler(settings.samples, self.batch_sizes, settings.seed)
+        self.sample_count = sum(self.batches.sizes)
+        self.sampler = Sampler(settings.samples, list(self.batches.sizes), settings.seed)
         self._references: References | None = None
 
     @property
     def first_sample(self) -> Batch:
-        return first_samples(self.batches[0], 1)
+        return first_samples(self.batches.first, 1)
 
     @property
     def example(self) -> Batch:
         """Two samples, so that exporting need not take a batch of one for a constant."""
         return tuple(
             item.detach().cpu().clone() if isinstance(item, torch.Tensor) else item
-            for item in by_position(self.source, first_samples(self.batches[0], 2))
+            for item in by_position(self.source, first_samples(self.batches.first, 2))
         )
 
     def form(self, name: str, budget: LayerBudget | None = None) -> str:
@@ -265,7 +270,7 @@ class Prepared:
 
     def _sites(self) -> dict[str, LayerSite]:
         """All layers; those whose one input row is the same for every sample stay dense."""
-        work, batch = self.work, self.batches[0]
+        work, batch = self.work, self.batches.first
 
         def watched(count: int) -> dict[str, LayerSite]:
             with torch.no_grad():
