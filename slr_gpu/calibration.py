@@ -68,7 +68,7 @@ def as_batches(
         return _Checked(shards.read, model, shards.place).batches(limit)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return _Checked(_of_samples(data, batch_size), model).batches(limit)
-    if isinstance(data, Iterable) and not isinstance(data, (bytes, dict)):
+    if isinstance(data, Iterable) and not isinstance(data, (bytes, dict, nn.Module)):
         in_memory = isinstance(data, (list, tuple))
         checked = _Checked(_passes(lambda: data), model, once=isinstance(data, Iterator))
         return checked.batches(float("inf") if in_memory else limit)

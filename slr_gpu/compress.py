@@ -128,7 +128,8 @@ def compress(
     memory_limit : int, optional
         Bytes of activations that wait in memory, and of calibration data held there, which is
         otherwise read in every pass. By default a quarter of the memory that is available, for
-        activations at most 1 GiB. The result is the same to the bit.
+        activations at most 1 GiB. The result is the same to the bit, but with `refine` and data
+        that is not held, whose samples are shuffled in parts.
     progress : bool
         Show a bar on a terminal.
 

@@ -87,6 +87,11 @@ class Spill:
     device : str
         Where the tensors are.
 
+    Attributes
+    ----------
+    written : int
+        Bytes that went to files so far.
+
     Raises
     ------
     InputError
@@ -110,7 +115,7 @@ class Spill:
             )
         self._free = self.limit = _usual(device) if limit is None else check_limit(limit)
         self._folder: Path | None = None
-        self._written = 0
+        self.written = self._files = 0
         remove_leftovers(self.root)
 
     def __enter__(self) -> Spill:
@@ -176,9 +181,10 @@ class Spill:
             if self._folder is None:
                 prefix = f"{PREFIX}.{_host()}.{os.getpid()}."
                 self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.root))
-            self._written += 1
-            path = self._folder / f"{self._written}.pt"
+            self._files += 1
+            path = self._folder / f"{self._files}.pt"
             write_atomically(path, save)
+            self.written += nbytes
         except OSError as error:
             self.close()
             free = shutil.disk_usage(self.root).free
