@@ -177,7 +177,7 @@ class Batches:
             By the number of a batch, one value a sample; batches of which nothing is kept may be
             missing.
         """
-        kept = sorted(number for number, mask in masks.items() if mask.any())
+        kept = [n for n in self.numbers if n in masks and masks[n].any()]
         places = {number: place for place, number in enumerate(kept)}
 
         def read(numbers: Sequence[int]) -> Iterator[tuple[int, Batch]]:

@@ -39,9 +39,9 @@ def as_batches(
         One array (N, ...), also a memory-mapped one, is cut into batches, and so are a Dataset with
         numbered samples and the arrays in a folder of ``.npy`` files, one after another in the
         order of their names. A batch is a tensor, a sequence whose leading items are the model's
-        arguments (what follows them, labels, is dropped), or a dict of arguments by name. A
-        callable without arguments returns any of these, or an iterator of batches; it is called
-        again for each pass.
+        arguments (what follows them, labels, is dropped), or a dict of arguments by name; an
+        IterableDataset yields batches too. A callable without arguments returns any of these, or an
+        iterator of batches, and then it is called again for each pass.
     memory_limit : int, optional
         Bytes up to which batches that an iterable, Dataset or file yields are held in memory, by
         default a quarter of what is available. Beyond it the source is read in every pass, and must

@@ -79,7 +79,7 @@ class Sampler:
         batch_size = self.batch_sizes[use.batch]
         chunks = batch_size if use.leading % batch_size == 0 else 1
         positions = use.leading * use.positions // chunks  # of a chunk
-        share = self.rows * batch_size / (sum(self.batch_sizes) * chunks * max(site.calls, 1))
+        share = self.rows * batch_size / (int(self._starts[-1]) * chunks * max(site.calls, 1))
         count = min(positions, max(1, round(share)))
         entropy = [self.seed, site.order, use.batch, *([call] if call else [])]
         seed = np.random.SeedSequence(entropy).generate_state(1)[0]
