@@ -91,12 +91,12 @@ def parse_bytes(text: str | None) -> int | None:
 
 
 def calibration_data(reference: str) -> Any:
-    """What `slr_gpu.compress` reads for itself, as often as it needs to; else `load_data`."""
+    """What `slr_gpu.compress` reads for itself, as often as it needs to: a path, or an object."""
     if Path(reference).is_dir() or reference.endswith(".npy"):
         return Path(reference)
-    return (
-        load_data(reference) if reference.endswith(".npz") else import_object(reference, "--data")
-    )
+    if reference.endswith(".npz"):
+        return load_data(reference)
+    return import_object(reference, "--data")
 
 
 def load_data(reference: str) -> Any:

@@ -143,7 +143,8 @@ class Frontier:
         Parameters
         ----------
         name : str
-            The layer that was reached, or whose inputs were asked for, last; the model itself is not changed.
+            The layer that was reached, or whose inputs were asked for, last; the model itself is
+            not changed.
         """
         if not self.traced or name in self._shared:
             layer = self.model.get_submodule(name)

@@ -335,8 +335,9 @@ class _Batches:
         self.joins = len(batches.layouts) == 1 and None not in layout.shapes and not named
         mixes = all(isinstance(i, Tensor) and i.is_floating_point() for i in batches.first)
         self.copies = settings.copies if mixes and not named else 1
-        count = 1 if batches.held else min(len(batches), math.ceil(batches.nbytes / max(limit, 1)))
-        # Neighbouring batches, as many each; only one part is ever in memory.
+        # Neighbouring batches, as many each; of one part there are up to four copies in memory.
+        count = math.ceil(4 * batches.nbytes / max(limit, 1))
+        count = 1 if batches.held else min(len(batches), count)
         self.parts = [p.tolist() for p in np.array_split(np.asarray(batches.numbers), count)]
         self._whole = self._read(self.parts[0]) if batches.held else None
         self._wanted: dict[tuple[int, int, int], _Answer] = {}

@@ -1,4 +1,4 @@
-"""Calibration data in every form: the same batches, read as often as needed, and what is refused."""
+"""Calibration data in every form: the same batches in every pass, and what is refused."""
 
 from __future__ import annotations
 
@@ -141,13 +141,13 @@ def test_refinement_of_streamed_data(tmp_path):
     """In parts: every sample once an epoch, the same whenever asked, with the original's answer."""
     batches = as_batches(shards(tmp_path), MODEL, BATCH, 0)
     settings = slr_gpu.Refinement(epochs=2, copies=2, batch_size=5)
-    feed = _Batches(MODEL, batches, settings, limit=batches.nbytes // 2)
+    feed = _Batches(MODEL, batches, settings, limit=2 * batches.nbytes)
     assert len(feed.parts) == 2 and len(feed) == 9
     plain = list(feed.of_epoch(0))
     seen = torch.cat([x for (x,), _ in plain])
     assert len(plain) == 9 and len(seen.unique(dim=0)) == 45  # the rest of each part is dropped
     assert all((DATA == x).flatten(1).all(1).any() for x in seen)
-    again = list(_Batches(MODEL, batches, settings, limit=batches.nbytes // 2).of_epoch(0))
+    again = list(_Batches(MODEL, batches, settings, limit=2 * batches.nbytes).of_epoch(0))
     for ((x,), wanted), ((y,), _) in zip(plain, again, strict=True):
         assert torch.equal(x, y)
         torch.testing.assert_close(wanted[0], MODEL(x))
