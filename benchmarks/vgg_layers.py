@@ -25,7 +25,8 @@ from benchmarks.contenders import Contender
 from benchmarks.data import Comparison, calibration_images, compare, fashion_mnist, to_inputs
 from benchmarks.models import load_weights, vgg16
 from benchmarks.store import fingerprint
-from slr_gpu.capture import Sampler, as_batches, layer_parts, record_references
+from slr_gpu.calibration import as_batches
+from slr_gpu.capture import Sampler, layer_parts, record_references
 from slr_gpu.errors import InputError, complain
 from slr_gpu.graph import LayerSite, find_sites, fold_batch_norm
 from slr_gpu.report import Report

@@ -58,7 +58,7 @@ def check_ranks(prepared: Prepared, facts: dict[str, Any]) -> None:
     prepared.group.check_same(
         lambda: {
             "calibration samples": prepared.sample_count,
-            "first calibration samples": _hash_of_tensors(prepared.first_batch),
+            "first calibration samples": _hash_of_tensors(prepared.batches.first),
             **_work(prepared),
             **facts,
         }

@@ -17,7 +17,16 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from .cli_inputs import clear_errors, import_object, load_data, load_model, make_solver, parse_keep
+from .cli_inputs import (
+    calibration_data,
+    clear_errors,
+    import_object,
+    load_data,
+    load_model,
+    make_solver,
+    parse_bytes,
+    parse_keep,
+)
 from .errors import BackendError, InputError, complain
 from .parallel import ranks
 
@@ -56,7 +65,9 @@ def _label_models(paths: list[Path]) -> dict[str, list[Path]]:
 
 # Options that several commands share.
 _Model = Annotated[str, typer.Option(help="pkg.module:factory that makes the model.")]
-_Data = Annotated[str, typer.Option(help="calib.npy, calib.npz or pkg.module:loader.")]
+_Data = Annotated[
+    str, typer.Option(help="calib.npy, calib.npz, a folder of .npy files or pkg.module:loader.")
+]
 _Keep = Annotated[str, typer.Option(help="For example flops=0.25 or flops=0.25,params=0.5.")]
 _Out = Annotated[Path, typer.Option(help="Folder for the result.")]
 _Weights = Annotated[Path | None, typer.Option(help="safetensors file of its weights.")]
@@ -73,6 +84,12 @@ _KeepEnds = Annotated[bool, typer.Option(help="Leave the first and last layer de
 _Asymmetric = Annotated[bool, typer.Option(help="Fit on the compressed prefix's inputs.")]
 _Seed = Annotated[int, typer.Option(help="Of the choice of rows.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:<index> or auto.")]
+_SpillDir = Annotated[
+    Path | None, typer.Option(help="Folder for activations that do not fit in memory.")
+]
+_MemoryLimit = Annotated[
+    str | None, typer.Option(help="Of data and waiting activations in memory, e.g. 2GiB.")
+]
 _Refine = Annotated[bool, typer.Option("--refine", help="Then train all layers together.")]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was cut short.")]
 _Export = Annotated[
@@ -105,6 +122,8 @@ def compress(
     refine: _Refine = False,
     resume: _Resume = False,
     device: _Device = "cpu",
+    spill_dir: _SpillDir = None,
+    memory_limit: _MemoryLimit = None,
     export: _Export = [],
     runtime: _Runtime = "auto",
     threads: _Threads = 1,
@@ -118,7 +137,7 @@ def compress(
         with ranks(device) as group:
             result = run(
                 load_model(model, weights),
-                load_data(data),
+                calibration_data(data),
                 budget,
                 form=form,
                 solver=chosen,
@@ -134,6 +153,8 @@ def compress(
                 checkpoint=out / _CHECKPOINT,
                 resume=resume,
                 device=device,
+                spill_dir=spill_dir,
+                memory_limit=parse_bytes(memory_limit),
                 group=group,
             )
         if group.rank == 0:
@@ -158,6 +179,8 @@ def analyze(
     asymmetric: _Asymmetric = True,
     seed: _Seed = 0,
     device: _Device = "cpu",
+    spill_dir: _SpillDir = None,
+    memory_limit: _MemoryLimit = None,
     picture: _Picture = None,
 ) -> None:
     """Measure what each layer loses at what cost: analysis.json, and plan.json with --keep."""
@@ -168,7 +191,7 @@ def analyze(
         with ranks(device) as group:
             analysis = run(
                 load_model(model, weights),
-                load_data(data),
+                calibration_data(data),
                 allocation=allocation or "output",
                 form=form,
                 solver=make_solver(solver),
@@ -181,6 +204,8 @@ def analyze(
                 seed=seed,
                 cache=out / _CHECKPOINT,
                 device=device,
+                spill_dir=spill_dir,
+                memory_limit=parse_bytes(memory_limit),
                 group=group,
             )
         if group.rank:
@@ -218,6 +243,8 @@ def apply(
     refine: _Refine = False,
     resume: _Resume = False,
     device: _Device = "cpu",
+    spill_dir: _SpillDir = None,
+    memory_limit: _MemoryLimit = None,
     export: _Export = [],
     runtime: _Runtime = "auto",
     threads: _Threads = 1,
@@ -231,12 +258,14 @@ def apply(
         with ranks(device) as group:
             result = run(
                 load_model(model, weights),
-                load_data(data),
+                calibration_data(data),
                 Plan.load(plan),
                 refine=refine,
                 checkpoint=out / _CHECKPOINT,
                 resume=resume,
                 device=device,
+                spill_dir=spill_dir,
+                memory_limit=parse_bytes(memory_limit),
                 group=group,
             )
         if group.rank == 0:

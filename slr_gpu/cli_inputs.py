@@ -6,6 +6,7 @@ In: text. Out: objects; an `InputError` that names the option where that does no
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,8 +78,33 @@ def make_solver(name: str) -> Any:
     return SOLVERS[name]()
 
 
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """``2GiB`` or ``500 MB`` as a number of bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    if found is None or found[2].upper() not in _UNITS:
+        raise InputError(
+            complain(f"--memory-limit {text!r}", "a size such as 2GiB or 500MB", "Check it.")
+        )
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def calibration_data(reference: str) -> Any:
+    """What `slr_gpu.compress` reads for itself, as often as it needs to: a path, or an object."""
+    if Path(reference).is_dir() or reference.endswith(".npy"):
+        return Path(reference)
+    if reference.endswith(".npz"):
+        return load_data(reference)
+    return import_object(reference, "--data")
+
+
 def load_data(reference: str) -> Any:
-    """Calibration data from a .npy or .npz file or from ``pkg.module:loader``."""
+    """Data from a .npy or .npz file or from ``pkg.module:loader``."""
     import numpy as np
 
     if not reference.endswith((".npy", ".npz")):

@@ -21,11 +21,12 @@ from torch import nn
 from .adapters import adapter_for
 from .analysis import Analysis, check_allocation
 from .budget import check_keep, check_reachable
-from .capture import Frontier, full_precision, layer_parts, response_energies
+from .capture import full_precision, layer_parts, response_energies
 from .checkpoint import Store, check_ranks, fingerprint
 from .decomposition import Decomposition, Structure
 from .errors import InputError, complain
 from .fit import fit
+from .frontier import Frontier
 from .graph import LayerSite, set_module
 from .grouped import summarise
 from .latency import LatencyTarget, add_latency, allocate_measured, measured_latency
@@ -70,6 +71,8 @@ def compress(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     device: str = "cpu",
+    spill_dir: str | Path | None = None,
+    memory_limit: float | None = None,
     progress: bool = True,
     group: Group = ALONE,
 ) -> Result:
@@ -79,8 +82,8 @@ def compress(
     ----------
     model : nn.Module
         Copied; neither its weights, modes nor hooks change.
-    calibration_data : tensor, array or iterable of batches
-        See `slr_gpu.capture.as_batches`. Labels are not used.
+    calibration_data : tensor, array, iterable of batches, Dataset, DataLoader, path or callable
+        See `slr_gpu.calibration.as_batches`. Labels are not used.
     keep : dict
         Fractions of the whole model to keep: ``{"params": 0.25}``, ``{"flops": 0.25}``,
         ``{"latency": 0.25}`` or several of them, and then all hold.
@@ -121,6 +124,14 @@ def compress(
     resume : bool
         Go on with what is in `checkpoint`, if it belongs to the same model, data and settings. An
         `eval_fn` must be the same one; that is not checked.
+    spill_dir : path, optional
+        Existing folder for activations that wait and take more than `memory_limit`; what is written
+        there is removed. By default the system's folder for temporary files.
+    memory_limit : int, optional
+        Bytes of activations that wait in memory, and of calibration data held there, which is
+        otherwise read in every pass. By default a quarter of the memory that is available, for
+        activations at most 1 GiB. The result is the same to the bit, but with `refine` and data
+        that is not held, whose samples are shuffled in parts.
     progress : bool
         Show a bar on a terminal.
     group : Group
@@ -168,7 +179,15 @@ def compress(
     if "latency" in keep:
         latency = latency or LatencyTarget()
         check_runtime(latency.runtime)
-    prepared = Prepared(model, calibration_data, settings, device, group)
+    prepared = Prepared(
+        model,
+        calibration_data,
+        settings,
+        device,
+        group,
+        spill_dir=spill_dir,
+        memory_limit=memory_limit,
+    )
     facts = {
         "keep": keep,
         "allocation": allocation,
@@ -178,7 +197,7 @@ def compress(
         "refine": None if refinement is None else refinement.as_dict(),
     }
     check_ranks(prepared, facts)
-    _check_reachable(prepared, keep, allocation)
+    check_budget(prepared, keep, allocation)
     store = _open(prepared, checkpoint, facts, resume)
     done = None if store is None else store.load_json("plan")
     if done is None:
@@ -209,6 +228,8 @@ def apply(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     device: str = "cpu",
+    spill_dir: str | Path | None = None,
+    memory_limit: float | None = None,
     progress: bool = True,
     group: Group = ALONE,
 ) -> Result:
@@ -219,8 +240,10 @@ def apply(
     plan : Plan
         Its settings are those of the analysis; layers that may be compressed and are not in it
         stay dense.
-    model, calibration_data, loss, refine, checkpoint, resume, device, progress, group
+    model, calibration_data, loss, refine, checkpoint, resume, device, spill_dir, memory_limit, group
         See `compress`.
+    progress : bool
+        Show a bar on a terminal.
 
     Returns
     -------
@@ -234,7 +257,15 @@ def apply(
     began = time.perf_counter()
     refinement = Refinement.of(refine)
     settings = Settings.from_dict(plan.settings)
-    prepared = Prepared(model, calibration_data, settings, device, group)
+    prepared = Prepared(
+        model,
+        calibration_data,
+        settings,
+        device,
+        group,
+        spill_dir=spill_dir,
+        memory_limit=memory_limit,
+    )
     facts = {
         "plan": plan.as_dict()["layers"],
         "loss": loss,
@@ -320,10 +351,12 @@ def carry_out(
     progress = progress and prepared.group.rank == 0
     # The original takes about as long as fitting all layers: a bar in samples, then in layers.
     bar = progress_bar("original responses", 2 * count, show=progress)
-    with bar as advance, full_precision():
+    with bar as advance, full_precision(), prepared.spill as spill:
         references = prepared.references(advance)
         names = [site.name for site in chosen]
-        frontier = Frontier(work, prepared.batches, names) if settings.asymmetric else None
+        frontier = None
+        if settings.asymmetric:
+            frontier = Frontier(work, prepared.batches, names, spill)
         for site in chosen:
             advance(0, description=f"fitting {site.name}")
             began = time.perf_counter()

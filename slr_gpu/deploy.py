@@ -16,10 +16,10 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from .capture import first_input
 from .equivalence import as_arguments, resize
 from .export import flush_denormals
 from .fold import DENSE, decomposed_layers, deployable, for_deployment, graphs_of
+from .frontier import first_input
 from .graph import hooks
 from .progress import progress_bar
 from .runtime.layer_timing import Case, check_runtime, time_layers

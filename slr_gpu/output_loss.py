@@ -8,6 +8,7 @@ In: what both return for the same batch. Out: a sum and a count, for a mean over
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -77,8 +78,8 @@ def output_loss(
     return total, sum(w.double().square().sum() for w in wanted)
 
 
-def mean_loss(loss: str, wanted: list[Any], got: Any, group: Group = ALONE) -> float:
-    """The mean over all ranks' batches: one output of the original's for each of an iterable's."""
+def mean_loss(loss: str, wanted: Iterable[Any], got: Iterable[Any], group: Group = ALONE) -> float:
+    """The mean over all ranks' batches: one output of the original's for each of the other's."""
     total = count = 0.0
     with torch.no_grad():
         for reference, output in zip(wanted, got, strict=True):

@@ -11,6 +11,7 @@ import copy
 import fnmatch
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,19 +19,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .adapters import adapter_for
+from .batches import Batch, Batches, by_position, first_samples, first_tensor, run_model
 from .budget import LayerCost
-from .capture import (
-    Batch,
-    References,
-    Sampler,
-    as_batches,
-    by_position,
-    check_finite,
-    first_samples,
-    first_tensor,
-    record_references,
-    run_model,
-)
+from .calibration import as_batches
+from .capture import References, Sampler, record_references
 from .errors import InputError, ModelError, complain
 from .graph import LayerSite, find_sites, fold_batch_norm
 from .layer_budget import BLOCK, LayerBudget, check_form
@@ -39,6 +31,7 @@ from .ops import get_ops
 from .parallel import ALONE, Group
 from .progress import Advance
 from .solvers import SOLVERS, Majorize, Solver
+from .spill import Spill
 
 _OVERRIDES = ("keep", "form")
 
@@ -133,11 +126,13 @@ class Prepared:
     Parameters
     ----------
     model : nn.Module
-    calibration_data : see `slr_gpu.capture.as_batches`
+    calibration_data : see `slr_gpu.calibration.as_batches`
     settings : Settings
     device : str
     group : Group
         The ranks that share the work; each keeps its share of the batches.
+    spill_dir, memory_limit
+        See `slr_gpu.compress`.
 
     Attributes
     ----------
@@ -158,15 +153,13 @@ class Prepared:
         Of the chosen layers.
     totals : dict of str to float
         What the whole dense model costs.
-    batches : list of tuple
-        Of this rank.
-    batch_sizes : list of int
-        Of all ranks' batches.
-    samples_before, sample_count : int
-        Samples on the ranks before this one, and on all.
-    first_batch : tuple
-        Of all ranks.
+    batches : Batches
+        Of this rank, by numbers and sizes of all ranks' batches.
+    sample_count : int
+        On all ranks.
     sampler : Sampler
+    spill : Spill
+        Where activations wait; a context, closed after each use.
 
     Raises
     ------
@@ -181,13 +174,23 @@ class Prepared:
         settings: Settings,
         device: str,
         group: Group = ALONE,
+        *,
+        spill_dir: str | Path | None = None,
+        memory_limit: float | None = None,
     ) -> None:
         self.group = group
         with group.together():
-            self._prepare(model, calibration_data, settings, group.place(device))
+            device = group.place(device)
+            self._prepare(model, calibration_data, settings, device, spill_dir, memory_limit)
 
     def _prepare(
-        self, model: nn.Module, calibration_data: Any, settings: Settings, device: str
+        self,
+        model: nn.Module,
+        calibration_data: Any,
+        settings: Settings,
+        device: str,
+        spill_dir: str | Path | None,
+        memory_limit: float | None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(
@@ -195,7 +198,8 @@ class Prepared:
             )
         self.settings, self.source = settings, model
         self.ops = get_ops(device)
-        self._share(as_batches(calibration_data, model, settings.batch_size))
+        self.spill = Spill(spill_dir, memory_limit, self.ops.device)
+        self._share(as_batches(calibration_data, model, settings.batch_size, memory_limit))
         _check_weights(model)
         self.work = _copy(model)
         if self.ops.device != "cpu":
@@ -222,11 +226,12 @@ class Prepared:
             site.name: _cost(site, self.work.get_submodule(site.name)) for site in self.chosen
         }
         self.totals = self._totals()
-        self.sampler = Sampler(settings.samples, self.batch_sizes, settings.seed, self.group)
+        sizes = list(self.batches.sizes)
+        self.sampler = Sampler(settings.samples, sizes, settings.seed, self.group)
         self._references: References | None = None
 
-    def _share(self, batches: list[Batch]) -> None:
-        """Keep this rank's batches, and of the others what all must know."""
+    def _share(self, batches: Batches) -> None:
+        """Keep this rank's batches."""
         if len(batches) < self.group.size:
             raise InputError(
                 complain(
@@ -235,25 +240,21 @@ class Prepared:
                     "Use fewer ranks, or a smaller batch_size.",
                 )
             )
-        self.batch_sizes = [len(first_tensor(batch)) for batch in batches]
-        self.sample_count = sum(self.batch_sizes)
-        # It shows every rank the same shapes.
-        self.first_batch = batches[0]
-        share = self.group.share(len(batches))
-        self.samples_before = sum(self.batch_sizes[: share.start])
-        self.batches = batches[share.start : share.stop]
-        check_finite(self.batches, share.start)
+        self.sample_count = sum(batches.sizes)
+        self.batches = batches
+        if self.group.size > 1:
+            self.batches = batches.subset(self.group.share(len(batches)))
 
     @property
     def first_sample(self) -> Batch:
-        return first_samples(self.first_batch, 1)
+        return first_samples(self.batches.first, 1)
 
     @property
     def example(self) -> Batch:
         """Two samples, so that exporting need not take a batch of one for a constant."""
         return tuple(
             item.detach().cpu().clone() if isinstance(item, torch.Tensor) else item
-            for item in by_position(self.source, first_samples(self.first_batch, 2))
+            for item in by_position(self.source, first_samples(self.batches.first, 2))
         )
 
     def form(self, name: str, budget: LayerBudget | None = None) -> str:
@@ -318,7 +319,7 @@ class Prepared:
 
     def _sites(self) -> dict[str, LayerSite]:
         """All layers; those whose one input row is the same for every sample stay dense."""
-        work, batch = self.work, self.first_batch
+        work, batch = self.work, self.batches.first
 
         def watched(count: int) -> dict[str, LayerSite]:
             with torch.no_grad():

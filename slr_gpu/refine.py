@@ -20,6 +20,7 @@ weights; which samples a batch holds, and so what comes out, depends on how many
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import time
@@ -33,11 +34,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import Batch, Named, first_input, first_tensor, full_precision, run_model
+from .batches import Batch, Batches, first_tensor, run_model
+from .capture import full_precision
 from .checkpoint import Store
 from .errors import InputError, complain
+from .frontier import first_input
 from .graph import hooks
-from .output_loss import choose_loss, mean_loss, output_loss
+from .output_loss import choose_loss, mean_loss, output_loss, tensors_of
 from .parallel import ALONE, Group
 from .prepare import Prepared
 from .progress import progress_bar
@@ -142,35 +145,36 @@ def refine_model(
     began = time.perf_counter()
     work, original = prepared.work, prepared.original
     group = prepared.group
-    fitted, held = held_out_batches(
-        prepared.batches,
-        prepared.settings.held_out,
-        prepared.samples_before,
-        prepared.sample_count,
-    )
+    fitted, held = held_out_batches(prepared.batches, prepared.settings.held_out)
     _check_fitted(group, fitted)
     ran = [name for name, site in prepared.sites.items() if site.calls]
     late = ran[max(0, len(ran) - settings.features) :]
+    outputs, rows = [], []
     with torch.no_grad():
-        wanted, got = ([_run(model, batch, late) for batch in held] for model in (original, work))
         loss = choose_loss(loss, run_model(original, prepared.first_sample))
-        pairs = zip(wanted, got, strict=True)
-        rows = [list(map(float, _terms(loss, *pair, settings.temperature))) for pair in pairs]
+        for batch in held:
+            wanted, got = (_run(model, batch, late) for model in (original, work))
+            rows.append(list(map(float, _terms(loss, wanted, got, settings.temperature))))
+            if held.held:  # made anew where inputs are read anew
+                outputs.append(wanted[0])
     rows = [row for of_rank in group.objects(rows) for row in of_rank]
     first_terms = [float(sum(column)) / len(rows) for column in zip(*rows, strict=False)]
-    outputs = [output for output, _ in wanted]
     parameters = [p for name in names for p in work.get_submodule(name).parameters()]
     trainer = _Trainer(parameters, settings, group)
     # A step sees as many samples as on one rank.
     own = replace(settings, batch_size=max(1, settings.batch_size // group.size))
-    batches = _Batches(original, fitted, own, late)
+    batches = _Batches(original, fitted, own, late, prepared.spill.limit)
     in_epoch = min(group.objects(len(batches)))
     steps = settings.epochs * in_epoch
 
     def judge() -> float:
-        return mean_loss(loss, outputs, (run_model(work, batch) for batch in held), group)
+        if held.held:
+            return mean_loss(loss, outputs, (run_model(work, batch) for batch in held), group)
+        once, again = itertools.tee(held)
+        right = (run_model(original, batch) for batch in once)
+        return mean_loss(loss, right, (run_model(work, batch) for batch in again), group)
 
-    before = trainer.best = mean_loss(loss, outputs, (output for output, _ in got), group)
+    before = trainer.best = judge()
     first = 0 if store is None else trainer.load(store)
     bar = progress_bar("refining all layers", steps, show=progress)
     with bar as advance, full_precision(), _only_these_train(work, parameters):
@@ -196,9 +200,9 @@ def refine_model(
     }
 
 
-def _check_fitted(group: Group, fitted: list[Batch]) -> None:
+def _check_fitted(group: Group, fitted: Batches) -> None:
     with group.together():
-        if not fitted:
+        if not len(fitted):
             raise InputError(
                 complain("no samples to train on", "some that are not held out", "Use fewer ranks.")
             )
@@ -346,58 +350,80 @@ class _Batches:
     """Calibration samples and mixtures of them, each with what the original returns for it.
 
     There are `copies` sets of batches, the first without mixtures; an epoch goes through one of
-    them. Samples are shuffled across batches where all have one shape; else batches are.
+    them. Samples are shuffled across batches where all have one shape; else batches are. Data that
+    is read anew in every pass goes through in parts that fit the limit, each shuffled in itself.
     """
 
     def __init__(
         self,
         original: nn.Module,
-        batches: list[Batch],
+        batches: Batches,
         settings: Refinement,
         late: list[str] | None = None,
+        limit: float = math.inf,
     ) -> None:
         self.original, self.batches, self.settings = original, batches, settings
         self.late = late or []
-        shapes = {
-            tuple(tuple(i.shape[1:]) if isinstance(i, Tensor) and i.ndim else None for i in batch)
-            for batch in batches
-        }
-        self.joined: Batch | None = None
-        named = any(isinstance(batch, Named) for batch in batches)
-        if len(shapes) == 1 and None not in next(iter(shapes)) and not named:
-            self.joined = tuple(torch.cat(items) for items in zip(*batches, strict=True))
-        mixes = all(isinstance(i, Tensor) and i.is_floating_point() for i in batches[0])
+        layout = next(iter(batches.layouts))
+        named = any(layout.names for layout in batches.layouts)
+        self.joins = len(batches.layouts) == 1 and None not in layout.shapes and not named
+        mixes = all(isinstance(i, Tensor) and i.is_floating_point() for i in batches.first)
         self.copies = settings.copies if mixes and not named else 1
-        self._wanted: dict[tuple[int, int], _Answer] = {}
+        # Neighbouring batches, as many each; of one part there are up to four copies in memory.
+        count = math.ceil(4 * batches.nbytes / max(limit, 1))
+        count = 1 if batches.held else min(len(batches), count)
+        self.parts = [p.tolist() for p in np.array_split(np.asarray(batches.numbers), count)]
+        self._whole = self._read(self.parts[0]) if batches.held else None
+        self._wanted: dict[tuple[int, int, int], _Answer] = {}
+        self._room = limit
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        if self.joined is None:
-            return len(self.batches)
-        return max(1, len(self.joined[0]) // self.settings.batch_size)
+        return sum(self._steps(part) for part in self.parts)
+
+    def _steps(self, part: list[int]) -> int:
+        if not self.joins:
+            return len(part)
+        samples = sum(self.batches.sizes[number] for number in part)
+        return max(1, samples // self.settings.batch_size)
 
     def of_epoch(self, epoch: int) -> Iterator[tuple[Batch, _Answer]]:
         """Batches of an epoch with the original's answers; the same whenever they are asked for."""
         copy = epoch % self.copies
-        order = torch.randperm(len(self), generator=self._generator(self.copies + epoch))
-        batches = self._of_copy(copy)
-        for number in order.tolist():
-            batch, key = batches[number], (copy, number)
-            if key not in self._wanted:
-                with torch.no_grad():
-                    self._wanted[key] = _run(self.original, batch, self.late)
-            yield batch, self._wanted[key]
+        shuffle, mixing = self._generator(self.copies + epoch), self._generator(copy)
+        for place, part in enumerate(self.parts):
+            batches = self._of_copy(copy, part, mixing)
+            for number in torch.randperm(len(batches), generator=shuffle).tolist():
+                yield batches[number], self._answer((copy, place, number), batches[number])
 
-    def _of_copy(self, copy: int) -> list[Batch]:
-        generator = self._generator(copy)
-        if self.joined is None:
-            batches = self.batches
-        else:
-            order = torch.randperm(len(self.joined[0]), generator=generator)
+    def _answer(self, key: tuple[int, int, int], batch: Batch) -> _Answer:
+        """What the original makes of a batch, remembered while there is room."""
+        if key in self._wanted:
+            return self._wanted[key]
+        with torch.no_grad():
+            answer = _run(self.original, batch, self.late)
+        size = sum(t.nbytes for t in [*tensors_of(answer[0]), *answer[1]])
+        if size <= self._room:
+            self._room -= size
+            self._wanted[key] = answer
+        return answer
+
+    def _of_copy(self, copy: int, part: list[int], generator: torch.Generator) -> list[Batch]:
+        batches = self._read(part) if self._whole is None else self._whole
+        if self.joins:
+            joined, steps = batches[0], self._steps(part)
+            order = torch.randperm(len(joined[0]), generator=generator)
             size = min(self.settings.batch_size, len(order))
-            parts = order[: len(self) * size].split(size)
-            batches = [tuple(item[rows] for item in self.joined) for rows in parts]
+            rows = order[: steps * size].split(size)
+            batches = [tuple(item[r] for item in joined) for r in rows]
         return batches if copy == 0 else [self._mixed(batch, generator) for batch in batches]
+
+    def _read(self, part: list[int]) -> list[Batch]:
+        """Batches of a part; a single one of all samples where they can be joined."""
+        batches = list(self.batches.subset(part))
+        if not self.joins:
+            return batches
+        return [tuple(torch.cat(items) for items in zip(*batches, strict=True))]
 
     def _generator(self, number: int) -> torch.Generator:
         seed = np.random.SeedSequence([self.settings.seed, number]).generate_state(1)[0]

@@ -17,18 +17,11 @@ import torch
 from torch import nn
 
 from .analysis import Analysis, LayerAnalysis, check_allocation
-from .capture import (
-    Batch,
-    Frontier,
-    first_tensor,
-    full_precision,
-    layer_parts,
-    of_samples,
-    response_energies,
-    run_model,
-)
+from .batches import Batches, run_model
+from .capture import full_precision, layer_parts, response_energies
 from .checkpoint import Store, check_ranks, fingerprint
 from .errors import InputError, complain
+from .frontier import Frontier
 from .graph import set_module
 from .knapsack import undominated
 from .latency import LatencyTarget, add_latency
@@ -58,6 +51,8 @@ def analyze(
     latency: LatencyTarget | None = None,
     cache: str | Path | None = None,
     device: str = "cpu",
+    spill_dir: str | Path | None = None,
+    memory_limit: float | None = None,
     progress: bool = True,
     group: Group = ALONE,
     **settings: Any,
@@ -79,7 +74,7 @@ def analyze(
     cache : path, optional
         Folder in which finished layers wait; the same model, data and settings are not measured
         again. Not used with an `eval_fn`, which cannot be told from another one.
-    device, progress, group
+    device, spill_dir, memory_limit, progress, group
         See `slr_gpu.compress`.
     **settings
         Of `slr_gpu.prepare.Settings`, all explained in `slr_gpu.compress`: form, solver,
@@ -97,7 +92,15 @@ def analyze(
         See `slr_gpu.compress`.
     """
     check_allocation(allocation)
-    prepared = Prepared(model, calibration_data, Settings(**settings), device, group)
+    prepared = Prepared(
+        model,
+        calibration_data,
+        Settings(**settings),
+        device,
+        group,
+        spill_dir=spill_dir,
+        memory_limit=memory_limit,
+    )
     facts = {"allocation": allocation, "loss": loss}
     check_ranks(prepared, facts)
     store = None
@@ -132,7 +135,7 @@ def measure(
     count = len(prepared.chosen)
     group = prepared.group
     bar = progress_bar("original responses", 2 * count, show=progress and group.rank == 0)
-    with bar as advance, full_precision():
+    with bar as advance, full_precision(), prepared.spill as spill:
         references = prepared.references(
             lambda samples: advance(count * samples / prepared.sample_count)
         )
@@ -146,7 +149,7 @@ def measure(
             judge = _Judge(prepared, loss, eval_fn)
             analysis.loss = judge.loss
         names = [site.name for site in prepared.chosen]
-        frontier = Frontier(prepared.original, prepared.batches, names)
+        frontier = Frontier(prepared.original, prepared.batches, names, spill)
         for layer, site in zip(analysis.layers, prepared.chosen, strict=True):
             advance(0, description=f"analysing {site.name}")
             done = None if store is None else store.load_json(site.name)
@@ -261,9 +264,10 @@ class _Judge:
             self.loss, self.before = "eval_fn", self._evaluated()
             return
         names = [site.name for site in prepared.chosen]
-        self.frontier = Frontier(self.model, judging_batches(prepared), names)
+        judges = judging_batches(prepared)
+        self.frontier = Frontier(self.model, judges, names, prepared.spill)
         with torch.no_grad(), self.group.together():
-            self.wanted = [run_model(self.model, batch) for batch in self.frontier.batches]
+            self.wanted = [run_model(self.model, batch) for batch in judges]
             sample = run_model(self.model, prepared.first_sample)
         self.loss = choose_loss(loss, sample)
 
@@ -278,58 +282,28 @@ class _Judge:
                 return self.before - self._evaluated()
             finally:
                 set_module(self.model, name, layer)
-        for _ in self.frontier.inputs(name):
-            pass
+        self.frontier.reach(name)
         outputs = self.frontier.outputs(name, replaced)
         return mean_loss(self.loss, self.wanted, outputs, self.group)
 
 
-def judging_batches(prepared: Prepared) -> list[Batch]:
+def judging_batches(prepared: Prepared) -> Batches:
     """This rank's held-out samples, at most about `JUDGES` on all, on which models are compared."""
-    batches = held_out_batches(
-        prepared.batches,
-        prepared.settings.held_out,
-        prepared.samples_before,
-        prepared.sample_count,
-    )[1]
-    before, _ = prepared.group.span(sum(len(first_tensor(batch)) for batch in batches))
-    return _first(batches, JUDGES - before)
+    held = held_out_batches(prepared.batches, prepared.settings.held_out)[1]
+    before, _ = prepared.group.span(sum(held.sizes[number] for number in held.numbers))
+    return held.leading(JUDGES - before)
 
 
-def held_out_batches(
-    batches: list[Batch], held_out: float, start: int = 0, count: int | None = None
-) -> tuple[list[Batch], list[Batch]]:
+def held_out_batches(batches: Batches, held_out: float) -> tuple[Batches, Batches]:
     """Batches of the samples that layers are fitted on, and of those that judge.
 
-    The same samples as `LayerIO.split` holds out. All samples are in both where none are.
-
-    Parameters
-    ----------
-    start, count : int
-        Samples before these batches, and in all, where these are not all.
+    The same samples as `LayerIO.split` holds out of rows of all samples. All samples are in both
+    where none are.
     """
-    if count is None:
-        count = sum(len(first_tensor(batch)) for batch in batches)
     if held_out == 0:
         return batches, batches
-    step = max(2, round(1 / held_out))
-    fitted, held = [], []
-    for batch in batches:
-        size = len(first_tensor(batch))
-        chosen = torch.arange(start, start + size) % step == min(step, count) - 1
-        start += size
-        for target, mask in ((fitted, ~chosen), (held, chosen)):
-            if mask.any():
-                target.append(of_samples(lambda t, m=mask: t[m.to(t.device)], batch))
-    return fitted, held
-
-
-def _first(batches: list[Batch], samples: int) -> list[Batch]:
-    """Batches with about so many samples."""
-    kept, total = [], 0
-    for batch in batches:
-        if total >= samples:
-            break
-        kept.append(batch)
-        total += len(first_tensor(batch))
-    return kept
+    count, step = sum(batches.sizes), max(2, round(1 / held_out))
+    chosen = torch.arange(count) % step == min(step, count) - 1
+    masks = dict(enumerate(chosen.split(list(batches.sizes))))
+    fitted = batches.of_samples({number: ~mask for number, mask in masks.items()})
+    return fitted, batches.of_samples(masks)

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import slr_gpu
-from slr_gpu.capture import Frontier, Sampler, as_batches, record_references
+from slr_gpu.calibration import as_batches
+from slr_gpu.capture import Sampler, record_references
+from slr_gpu.frontier import Frontier
 from slr_gpu.graph import find_sites
 from slr_gpu.prepare import count_flops
 
@@ -430,7 +432,7 @@ def test_bad_data(model, data):
         (data[:0], "at least 2"),
         (data[:1], "at least 2"),
         (torch.full_like(data, float("nan")), "NaN or Inf"),
-        ("images", "tensor, an array or an iterable"),
+        ("images", "images: .* a whole .npy file"),
         ([{"x": data}], "a batch of dict"),
     ):
         raising(model, bad, slr_gpu.InputError, match)

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 import slr_gpu
 from slr_gpu.analysis import predicted_effect
 from slr_gpu.budget import MULTIPLY_ADDS_A_VALUE, LayerCost
-from slr_gpu.capture import Frontier, as_batches
+from slr_gpu.calibration import as_batches
 from slr_gpu.cli import app
 from slr_gpu.fold import for_deployment
+from slr_gpu.frontier import Frontier
 from slr_gpu.latency import _module
 from slr_gpu.output_loss import mean_loss
 from slr_gpu.plan import LayerPlan

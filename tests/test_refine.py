@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import slr_gpu
-from slr_gpu.capture import as_batches
+from slr_gpu.batches import Batches
+from slr_gpu.calibration import as_batches
 from slr_gpu.layer_io import LayerIO
 from slr_gpu.output_loss import choose_loss, mean_loss, output_loss
 from slr_gpu.refine import _Batches, _run, _terms, _weighted
@@ -115,7 +116,7 @@ def test_mixtures_are_between_two_samples_and_come_again():
     data = torch.randn(40, 3)
     model = nn.Linear(3, 2)
     settings = slr_gpu.Refinement(epochs=4, copies=2, batch_size=10)
-    batches = _Batches(model, [(data[:25],), (data[25:],)], settings)
+    batches = _Batches(model, Batches.of([(data[:25],), (data[25:],)]), settings)
     plain = torch.cat([batch for (batch,), _ in batches.of_epoch(0)])
     assert torch.equal(plain.sort(0).values, data.sort(0).values)
     mixed = [(batch, wanted) for (batch,), (wanted, _) in batches.of_epoch(1)]

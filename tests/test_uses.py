@@ -11,14 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import slr_gpu
-from slr_gpu.capture import (
-    Frontier,
-    Sampler,
-    as_batches,
-    layer_parts,
-    record_references,
-    run_model,
-)
+from slr_gpu.batches import run_model
+from slr_gpu.calibration import as_batches
+from slr_gpu.capture import Sampler, layer_parts, record_references
+from slr_gpu.frontier import Frontier
 from slr_gpu.graph import find_sites
 
 
@@ -30,7 +26,7 @@ def sites_of(model, *inputs):
 def parts_of(model, name, data, *, rows=10**6, asymmetric=True, work=None):
     """What `compress` would fit a layer of `model` on, its copy being `work`."""
     batches = as_batches(data, model, 10)
-    sites = sites_of(model, *[x[:1] for x in batches[0]]).values()
+    sites = sites_of(model, *[x[:1] for x in batches.first]).values()
     sites = [site for site in sites if site.calls]
     sampler = Sampler(rows, [len(batch[0]) for batch in batches], 0)
     references = record_references(model, batches, sites, sampler, with_inputs=True)

@@ -117,7 +117,7 @@ def needed_bytes(prepared: Prepared) -> int:
     less, rows pass through in blocks.
     """
     model = 8 * prepared.totals["params"]
-    batch, rows = max(prepared.batch_sizes), prepared.settings.samples
+    batch, rows = max(prepared.batches.sizes), prepared.settings.samples
     maps, layers = [0], [0]
     for cost in prepared.costs.values():
         width = cost.channels * cost.taps

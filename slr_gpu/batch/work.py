@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from ..analysis import Analysis
-from ..capture import run_model
+from ..batches import run_model
 from ..checkpoint import Store, changes, fingerprint
-from ..cli_inputs import import_object, load_data, load_model
+from ..cli_inputs import calibration_data, import_object, load_model
 from ..compress import carry_out, check_budget, make_plan
 from ..errors import InputError, ModelError, SLRError, complain
 from ..export import export_model
@@ -264,7 +264,7 @@ def _prepare(job: Job, device: str) -> tuple[Prepared, dict[str, Any]]:
     source = job.model
     weights = None if source.weights is None else Path(source.weights)
     model = load_model(source.model, weights)
-    prepared = Prepared(model, load_data(source.data), job.settings.prepared, device)
+    prepared = Prepared(model, calibration_data(source.data), job.settings.prepared, device)
     facts = fingerprint(prepared)
     del facts["device"]  # any will do to go on
     return prepared, facts
