@@ -77,6 +77,7 @@ _Objective = Annotated[str, typer.Option(help="activation or linear.")]
 _Allocation = Annotated[
     str | None, typer.Option(help="output, response, pca_energy or uniform.", show_default=False)
 ]
+_Loss = Annotated[str, typer.Option(help="How outputs are compared: auto, kl or mse.")]
 _Samples = Annotated[int, typer.Option(help="Input rows sampled a layer.")]
 _BatchSize = Annotated[int, typer.Option(help="Calibration inputs run at once.")]
 _Ignore = Annotated[list[str], typer.Option(help="Layers to leave dense.")]
@@ -113,6 +114,7 @@ def compress(
     solver: _Solver = "majorize",
     objective: _Objective = "activation",
     allocation: _Allocation = None,
+    loss: _Loss = "auto",
     samples: _Samples = 15_000,
     batch_size: _BatchSize = 100,
     ignore: _Ignore = [],
@@ -143,6 +145,7 @@ def compress(
                 solver=chosen,
                 objective=objective,
                 allocation=allocation,
+                loss=loss,
                 samples=samples,
                 batch_size=batch_size,
                 ignore=ignore,
@@ -172,6 +175,7 @@ def analyze(
     solver: _Solver = "majorize",
     objective: _Objective = "activation",
     allocation: _Allocation = None,
+    loss: _Loss = "auto",
     samples: _Samples = 15_000,
     batch_size: _BatchSize = 100,
     ignore: _Ignore = [],
@@ -196,6 +200,7 @@ def analyze(
                 form=form,
                 solver=make_solver(solver),
                 objective=objective,
+                loss=loss,
                 samples=samples,
                 batch_size=batch_size,
                 ignore=tuple(ignore),
@@ -240,6 +245,7 @@ def apply(
     plan: Annotated[Path, typer.Option(help="plan.json, as written or edited.")],
     out: _Out,
     weights: _Weights = None,
+    loss: _Loss = "auto",
     refine: _Refine = False,
     resume: _Resume = False,
     device: _Device = "cpu",
@@ -260,6 +266,7 @@ def apply(
                 load_model(model, weights),
                 calibration_data(data),
                 Plan.load(plan),
+                loss=loss,
                 refine=refine,
                 checkpoint=out / _CHECKPOINT,
                 resume=resume,

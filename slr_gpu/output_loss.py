@@ -28,7 +28,10 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def choose_loss(name: str, output: Any) -> str:
-    """``"auto"`` is ``kl`` for one matrix (N, C) of two columns or more, else ``mse``.
+    """``"auto"`` is ``kl`` for class scores, else ``mse``.
+
+    Scores are one matrix (N, C) of two columns or more, unless its rows have unit length, as
+    embeddings do: their softmax would be nearly flat whatever happens to them.
 
     Raises
     ------
@@ -48,12 +51,17 @@ def choose_loss(name: str, output: Any) -> str:
         )
     if name == "auto":
         scores = len(found) == 1 and found[0].ndim == 2 and found[0].shape[1] > 1
-        return "kl" if scores else "mse"
+        return "kl" if scores and not _unit_rows(found[0]) else "mse"
     if name not in LOSSES:
         raise InputError(
             complain(f"loss={name!r}", f"one of auto, {', '.join(LOSSES)}", "Check the name.")
         )
     return name
+
+
+def _unit_rows(matrix: Tensor) -> bool:
+    lengths = matrix.detach().double().norm(dim=1)
+    return len(lengths) > 0 and bool(((lengths - 1).abs() < 1e-3).all())
 
 
 def output_loss(

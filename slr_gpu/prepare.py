@@ -250,6 +250,11 @@ class Prepared:
         return first_samples(self.batches.first, 1)
 
     @property
+    def few_samples(self) -> Batch:
+        """What shows every rank what the model returns."""
+        return first_samples(self.batches.first, 8)
+
+    @property
     def example(self) -> Batch:
         """Two samples, so that exporting need not take a batch of one for a constant."""
         return tuple(

@@ -151,7 +151,7 @@ def refine_model(
     late = ran[max(0, len(ran) - settings.features) :]
     outputs, rows = [], []
     with torch.no_grad():
-        loss = choose_loss(loss, run_model(original, prepared.first_sample))
+        loss = choose_loss(loss, run_model(original, prepared.few_samples))
         for batch in held:
             wanted, got = (_run(model, batch, late) for model in (original, work))
             rows.append(list(map(float, _terms(loss, wanted, got, settings.temperature))))

@@ -268,8 +268,8 @@ class _Judge:
         self.frontier = Frontier(self.model, judges, names, prepared.spill)
         with torch.no_grad(), self.group.together():
             self.wanted = [run_model(self.model, batch) for batch in judges]
-            sample = run_model(self.model, prepared.first_sample)
-        self.loss = choose_loss(loss, sample)
+            some = run_model(self.model, prepared.few_samples)
+        self.loss = choose_loss(loss, some)
 
     def _evaluated(self) -> float:
         return self.group.first(lambda: float(self.eval_fn(self.model)))

@@ -170,6 +170,7 @@ def test_outputs_compared_by_hand():
     several = {"a": wanted, "b": [got, torch.tensor([3])]}
     assert mean_loss("mse", [several], [copy.deepcopy(several)]) == 0
     assert choose_loss("auto", wanted) == "kl"
+    assert choose_loss("auto", torch.nn.functional.normalize(wanted)) == "mse"
     assert choose_loss("auto", several) == choose_loss("auto", torch.ones(2, 1)) == "mse"
     with pytest.raises(slr_gpu.ModelError, match="floating-point"):
         choose_loss("auto", torch.tensor([1]))
