@@ -15,8 +15,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .errors import ModelError, complain
+from .ops import NumpyOps
 
 Batch = tuple[Any, ...]
+
+# Batches after which memory that is held but not used is handed back.
+TIDY_EVERY = 10
 
 
 class Named(tuple):
@@ -202,6 +206,12 @@ class Batches:
             held=self.held,
             read=read,
         )
+
+
+def tidy(number: int) -> None:
+    """After a batch of this number: now and then hand back what its activations took."""
+    if number % TIDY_EVERY == TIDY_EVERY - 1:
+        NumpyOps.memory.release()
 
 
 def run_model(model: nn.Module, batch: Batch, number: int = 0) -> Any:

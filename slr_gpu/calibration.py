@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .batches import Batch, Batches, Layout, Named, bytes_of, first_tensor, mapped
 from .errors import InputError, complain
 from .sample_files import SampleFiles
-from .spill import SHARE, available_memory, check_limit
+from .spill import check_limit, usual_limit
 
 # Numbered batches of a source as it yields them; all of them, or those of some numbers.
 _Read = Callable[[Sequence[int] | None], Iterator[tuple[int, Any]]]
@@ -54,7 +54,7 @@ def as_batches(
         others; an iterator that is too large to be held and cannot be started again. In later
         passes: a source that does not yield what it did.
     """
-    limit = available_memory() // SHARE if memory_limit is None else check_limit(memory_limit)
+    limit = usual_limit() if memory_limit is None else check_limit(memory_limit)
     if callable(data) and not isinstance(data, (nn.Module, Dataset, Iterable)):
         made = _called(data)
         if not isinstance(made, Iterator):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import activations
 from .adapters import adapter_for
-from .batches import Batches, first_tensor, run_model
+from .batches import Batches, first_tensor, run_model, tidy
 from .errors import ModelError, complain
 from .frontier import first_input
 from .graph import LayerSite, hooks
@@ -209,6 +209,7 @@ def record_references(
         for number, batch in batches.numbered():
             calls.clear()
             run_model(model, batch, number)
+            tidy(number)
             advance(len(first_tensor(batch)))
     # One layer at a time: what was joined is forgotten in pieces.
     joined = ({s.name: _joined(d.pop(s.name), resident) for s in sites if d[s.name]} for d in taken)

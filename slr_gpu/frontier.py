@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .batches import Batch, Batches, Layout, as_argument, run_model
+from .batches import Batch, Batches, Layout, as_argument, run_model, tidy
 from .graph import hooks, set_module
 from .spill import Kept, Spill
 
@@ -193,6 +193,7 @@ class Frontier:
         nodes = [node for node in env if node not in own]
         kept = self._spill.put([env[node] for node in nodes], alike=len(self.batches))
         self._states[number] = _State(own, nodes, kept)
+        tidy(number)
         return env
 
     def _env(self, number: int, get: Callable[[Kept], list[Any]]) -> dict[fx.Node, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import InputError, complain
+from .ops.memory import host_free
 from .storage import write_atomically
 
 PREFIX = "slr_gpu-spill"
@@ -32,23 +33,10 @@ SHARE = 4
 MOST = 2**30
 
 
-def available_memory() -> int:
-    """Bytes of host memory that could be taken now, within the limits of a container."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    except OSError:
-        pass
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        facts = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
-        used = int((group / "memory.current").read_text()) - int(facts.get("inactive_file", 0))
-        found.append(max(limit - used, 0))
-    except (OSError, ValueError):  # no such file, or "max": no limit
-        pass
-    return min(found)
+def usual_limit() -> int:
+    """Bytes of host memory that may be taken where nobody says how many."""
+    free = host_free()
+    return MOST if free is None else free // SHARE
 
 
 @dataclass
@@ -210,7 +198,7 @@ class Spill:
 def _usual(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0] // SHARE
-    return min(available_memory() // SHARE, MOST)
+    return min(usual_limit(), MOST)
 
 
 def check_limit(limit: float) -> float:
