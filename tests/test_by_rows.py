@@ -141,8 +141,9 @@ def test_fits_reach_the_objective_of_the_gram_matrix(by_rows, dtype, taps, asked
     direct = slr_gpu.fit(layer_io, solver=solver, **asked)
     by_rows()
     rows = slr_gpu.fit(layer_io, solver=solver, **asked)
-    # In float32 either form is some 1e-4 away from what it gives in float64.
-    close = {"rel": 1e-5 if dtype == "f8" else 1e-3}
+    # In float32 the form by rows is up to 1e-3 away from what it gives in float64; the direct one,
+    # whose products over rows are formed in float64, 1e-5.
+    close = {"rel": 1e-5 if dtype == "f8" else 1.5e-3}
     assert rows.structure == direct.structure
     assert rows.error == pytest.approx(direct.error, **close)
     assert rows.held_out_error == pytest.approx(direct.held_out_error, **close)

@@ -383,7 +383,9 @@ def test_another_allocation_and_bad_input():
         assert "rank 1 with settings.samples = 901 (rank 0: 900)" in messages[0]
         assert "rank 2 with settings.seed = 2 (rank 0: 0)" in messages[1]
         assert "2 calibration batch(es) for 3 ranks" in messages[2]
-        assert "rank 2: got NaN or Inf in calibration batch 6" in messages[3]
+        assert (
+            "NaN or Inf in calibration batch 6, in its sample 10 (sample 100 of all)" in messages[3]
+        )
 
 
 def test_the_joint_refinement_on_ranks():
@@ -447,6 +449,7 @@ def test_a_rank_that_is_told_to_stop_says_why():
     """As torchrun tells the others when one has died, some of which are computing then."""
 
     def waiting(group):
+        group.objects(None)  # both have begun
         with told_to_stop():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(30)
