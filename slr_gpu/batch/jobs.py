@@ -12,7 +12,7 @@ Paths are relative to the folder of the file, in which modules are looked for to
     name = "vgg"
     model = "networks:vgg"       # pkg.module:factory, which gives the same model at every call
     weights = "vgg.safetensors"  # optional
-    data = "calib.npy"           # or .npz, or pkg.module:loader
+    data = "calib.npy"           # or .npz, a folder of .npy files, or pkg.module:loader
     eval = "networks:accuracy"   # optional, function(model) -> float, for the summary alone
 
     [[budgets]]                  # one or more
