@@ -25,7 +25,7 @@ from torch import nn
 import slr_gpu
 from benchmarks.data_parallel import iteration_bytes
 from slr_gpu.ops import NumpyOps
-from slr_gpu.parallel import ALONE, told_to_stop
+from slr_gpu.parallel import ALONE
 from slr_gpu.problem import ResponseProblem
 from slr_gpu.samples import Samples
 from slr_gpu.shares import pca_energies
