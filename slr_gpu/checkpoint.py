@@ -127,7 +127,7 @@ class Store:
         return store
 
     def _begin(self, facts: dict[str, Any], resume: bool) -> None:
-        facts = json.loads(json.dumps(facts))  # tuples come back from a file as lists
+        facts = as_stored(facts)
         if not resume:
             self.clear()
         path = self.folder / _FACTS
@@ -197,6 +197,11 @@ class Store:
             found = make()
             self.group.first(lambda: found.save(path))
         return found
+
+
+def as_stored(value: Any) -> Any:
+    """A JSON value as it comes back from a file: tuples as lists."""
+    return json.loads(json.dumps(value))
 
 
 def changes(before: Any, now: Any, name: str = "") -> list[str]:

@@ -16,7 +16,6 @@ While a job is at work its pieces are in <job>/checkpoint.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import time
@@ -30,7 +29,7 @@ from torch import nn
 
 from ..analysis import Analysis
 from ..batches import run_model
-from ..checkpoint import Store, changes, fingerprint
+from ..checkpoint import Store, as_stored, changes, fingerprint
 from ..cli_inputs import calibration_data, import_object, load_model
 from ..compress import carry_out, check_budget, make_plan
 from ..errors import InputError, ModelError, SLRError, complain
@@ -272,7 +271,7 @@ def _prepare(job: Job, device: str) -> tuple[Prepared, dict[str, Any]]:
 
 def _prepare_again(job: Job, device: str, facts: dict[str, Any]) -> Prepared:
     prepared, now = _prepare(job, device)
-    changed = changes(_plain(facts), _plain(now))
+    changed = changes(as_stored(facts), as_stored(now))
     if changed:
         raise InputError(
             complain(
@@ -296,7 +295,7 @@ def _missing(place: Place, job: Job, prepared: Prepared, facts: dict[str, Any]) 
         before = marker["facts"]
     elif begun.exists():
         before = load_json(begun)
-    changed = [] if before is None else changes(before, _plain(facts | job.facts()))
+    changed = [] if before is None else changes(before, as_stored(facts | job.facts()))
     if changed and not place.force:
         raise InputError(
             complain(
@@ -334,7 +333,7 @@ def _fit(place: Place, job: Job, facts: dict[str, Any]) -> tuple[dict[str, Any],
     marker = {
         "schema": SCHEMA,
         "job": job.name,
-        "facts": _plain(facts | job.facts()),
+        "facts": as_stored(facts | job.facts()),
         "achieved": result.report.achieved,
         "flops": result.report.flops_kept,
         "output": _output_loss(prepared, result.model, settings.loss),
@@ -408,11 +407,6 @@ def _not_exported(job: Job, marker: dict[str, Any]) -> list[str]:
 
 def _export_settings(job: Job) -> dict[str, Any]:
     return {"runtime": job.settings.runtime, "threads": job.settings.threads}
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from a file."""
-    return json.loads(json.dumps(value))
 
 
 def _digest(path: Path) -> str:
