@@ -137,7 +137,9 @@ class RotatedCurve:
             if (r, s) in found:
                 return
             k = budget.largest_rank("rotated", s, r)
-            if k > 0 or (k == 0 and s > 0):
+            if k == 0:  # nothing reads the others
+                r = s
+            if k >= 0 and r > 0:
                 structure = Structure("rotated", s, k, r)
                 found[r, s] = (self.error(structure), structure)
 

@@ -44,6 +44,10 @@ GRAM_BLOCK = 16384
 # float32 leaves of rounding differs with the blocks that rows are cut into, and with the ranks that
 # hold them, and the small eigenvalues of G make much of it.
 PRECISE = 2e10
+# Rows of a layer whose responses take so many multiply-adds are worked on in float64 altogether. In
+# float32 a last bit that falls otherwise on other ranks is 1e-6 of a gradient, for residuals are
+# small beside responses; the layers behind see it, and of two nearly equal columns take the other.
+PRECISE_RESPONSES = 1e9
 # The most columns whose Gram matrix is formed: that, its ridge and its factor take 3 GB then.
 WIDEST = 11_000
 # The most rows that a problem by rows is fitted on: its solves grow with their square.
@@ -129,8 +133,9 @@ class ResponseProblem:
             raise InputError(
                 complain(f"{total} row(s) to fit on", "at least 2", "Pass more, or held_out=0.")
             )
-        dtype, xp = layer_io.dtype, ops.xp
-        m = layer_io.weight.shape[1]
+        xp, (n, m) = ops.xp, layer_io.weight.shape
+        small = total * n * m <= PRECISE_RESPONSES
+        dtype = xp.dtype("float64") if small else layer_io.dtype
         self.by_rows, self.notes = by_rows or m > WIDEST, ()
         if self.by_rows and total > MOST_ROWS:
             step = -(-total // MOST_ROWS)
@@ -140,7 +145,13 @@ class ResponseProblem:
         self.bias = ops.asarray(layer_io.bias, xp.float64)
         # A linear fit aims at the response before the activation, held-out stays after it.
         self.samples, make_held, judging = split_samples(
-            layer_io, ops, fitted, held, linear=self.activation.is_identity, whole=self.by_rows
+            layer_io,
+            ops,
+            fitted,
+            held,
+            dtype,
+            linear=self.activation.is_identity,
+            whole=self.by_rows,
         )
         if len(judging) < len(held):
             self.notes += (f"judged on {len(judging)} of {len(held)} held-out rows",)

@@ -88,6 +88,7 @@ def split_samples(
     ops: NumpyOps,
     fitted: Array,
     held: Array,
+    dtype: Any,
     *,
     linear: bool,
     whole: bool,
@@ -98,6 +99,8 @@ def split_samples(
     ----------
     fitted, held : int array
         Numbers of rows, ascending.
+    dtype : dtype
+        Of the samples.
     linear : bool
         Whether responses before the activation are aimed at; held-out rows judge after it.
     whole : bool
@@ -111,7 +114,7 @@ def split_samples(
     judging : int array
         The held-out rows that it will have.
     """
-    dtype, blocks = layer_io.dtype, layer_io.blocks
+    blocks = layer_io.blocks
     if blocks is None:
         roles = Roles(layer_io, linear)
         Y, Z = roles.pair(
@@ -128,20 +131,26 @@ def split_samples(
     held = held[:: max(1, -(-len(held) * bytes_a_row // KEPT_BYTES))]
     if whole or len(fitted) < layer_io.weight.shape[1]:
         kept = blocks.gather(fitted, held)
-        samples = _resident(layer_io, ops, kept[0], linear)
-        return samples, lambda: _resident(layer_io, ops, kept[1], False, judging=True), held
-    samples = StreamedSamples(layer_io, ops, fitted, linear, Kept(held))
+        samples = _resident(layer_io, ops, kept[0], dtype, linear)
+        return samples, lambda: _resident(layer_io, ops, kept[1], dtype, False, judging=True), held
+    samples = StreamedSamples(layer_io, ops, fitted, dtype, linear, Kept(held))
 
     def kept_samples() -> Samples:
         arrays = samples.held.arrays
         samples.held = None  # they are copied, to the device or to where they will be centred
-        return _resident(layer_io, ops, arrays, False, judging=True)
+        return _resident(layer_io, ops, arrays, dtype, False, judging=True)
 
     return samples, kept_samples, held
 
 
 def _resident(
-    layer_io: LayerIO, ops: NumpyOps, arrays: tuple, linear: bool, *, judging: bool = False
+    layer_io: LayerIO,
+    ops: NumpyOps,
+    arrays: tuple,
+    dtype: Any,
+    linear: bool,
+    *,
+    judging: bool = False,
 ) -> Samples:
     """Samples of rows that were kept."""
     X, Y, Z = arrays
@@ -152,7 +161,7 @@ def _resident(
 
     Y, Z = Roles(layer_io, linear).pair(host, own, Y, Z, "Y" if judging else "YZ")
     index = numpy.arange(len(X))
-    return Samples(ops, X, Y, None if judging else Z, index, layer_io.dtype)
+    return Samples(ops, X, Y, None if judging else Z, index, dtype)
 
 
 class StreamedSamples(Samples):
@@ -165,6 +174,8 @@ class StreamedSamples(Samples):
     ops : NumpyOps
     index : int array
         The rows that count, ascending.
+    dtype : dtype
+        Of the samples.
     linear : bool
         See `Roles`.
     held : Kept
@@ -172,9 +183,15 @@ class StreamedSamples(Samples):
     """
 
     def __init__(
-        self, layer_io: LayerIO, ops: NumpyOps, index: Array, linear: bool, held: Kept
+        self,
+        layer_io: LayerIO,
+        ops: NumpyOps,
+        index: Array,
+        dtype: Any,
+        linear: bool,
+        held: Kept,
     ) -> None:
-        self.ops, self.rows, self.dtype = ops, len(index), layer_io.dtype
+        self.ops, self.rows, self.dtype = ops, len(index), dtype
         self.group, self._first, self._count = ALONE, 0, len(index)
         self.layer_io, self.held, self._index = layer_io, held, index
         self.resident, self._mean, self._source = False, None, None
@@ -211,7 +228,7 @@ class StreamedSamples(Samples):
             arrays = self._thin.arrays
         else:
             (arrays,) = self.layer_io.blocks.gather(self._index[::step])
-        samples = _resident(self.layer_io, self.ops, arrays, self._roles.linear)
+        samples = _resident(self.layer_io, self.ops, arrays, self.dtype, self._roles.linear)
         samples.centre(self.ops.asarray(self._mean))
         return samples
 

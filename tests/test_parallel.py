@@ -24,6 +24,7 @@ from torch import nn
 
 import slr_gpu
 from benchmarks.data_parallel import iteration_bytes
+from slr_gpu import demo
 from slr_gpu.ops import NumpyOps
 from slr_gpu.parallel import ALONE
 from slr_gpu.problem import ResponseProblem
@@ -355,6 +356,20 @@ def test_a_model_does_not_depend_on_the_number_of_ranks(tmp_path):
     same_result(found[0], resumed)
     assert len(pieces) >= 3
     assert pieces == {p: p.stat().st_mtime_ns for p in (tmp_path / "2").rglob("*.safetensors")}
+
+
+def test_a_trained_network_does_not_depend_on_the_number_of_ranks():
+    """Its columns are nearly equally good, and its last layer has more of them than rows."""
+    pytest.importorskip("sklearn", reason="needs its digits: pip install 'slr_gpu[demo]'")
+    found, labels, *_ = demo.digits(0)
+    torch.manual_seed(0)
+    model = demo.network()
+    demo.train(model, found, labels, 0)
+
+    def run(group=ALONE):
+        return slr_gpu.compress(model, found, {"flops": 0.25}, progress=False, group=group)
+
+    same_result(run(), on_ranks(4, run)[0])
 
 
 def test_another_allocation_and_bad_input():
