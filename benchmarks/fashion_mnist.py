@@ -28,13 +28,16 @@ from slr_gpu.cli_inputs import parse_keep
 
 app = typer.Typer(add_completion=False)
 
-# The budgets of the issue "a budget for the whole model", and what they may cost in points.
+# Budgets of each model, and what they may cost in points.
 TARGETS = {
-    "flops=0.25": 0.10,
-    "flops=0.1": 0.35,
-    "flops=0.05": 0.80,
-    "params=0.067": 0.10,
-    "latency=0.25": 0.15,
+    "benchmarks.models:vgg16": {
+        "flops=0.25": 0.10,
+        "flops=0.1": 0.35,
+        "flops=0.05": 0.80,
+        "params=0.067": 0.10,
+        "latency=0.25": 0.15,
+    },
+    "benchmarks.models:resnet18": {"flops=0.5": 0.10, "flops=0.25": 0.50},
 }
 
 
@@ -63,8 +66,9 @@ def main(
     model: Annotated[str, typer.Option(help="pkg.module:factory")] = "benchmarks.models:vgg16",
     data: Annotated[Path | None, typer.Option(help="Folder of the IDX files.")] = None,
     keep: Annotated[
-        list[str], typer.Option(help="flops=0.25, or 0.25 for parameters and FLOPs alike.")
-    ] = list(TARGETS),
+        list[str] | None,
+        typer.Option(help="flops=0.25, or 0.25 for parameters and FLOPs alike."),
+    ] = None,
     allocation: Annotated[
         list[str], typer.Option(help="uniform, pca_energy, response or output; repeat to compare.")
     ] = ["output"],
@@ -86,7 +90,10 @@ def main(
     """Compress at several budgets and print what it costs in accuracy."""
     torch.set_num_threads(threads)
     console = Console(width=140)
-    budgets = [_budget(text) for text in keep]
+    targets = TARGETS.get(model, {})
+    if not (keep or targets):
+        raise typer.BadParameter("no usual budgets of this model: give --keep")
+    budgets = [_budget(text) for text in keep or targets]
     train_images, _, test, labels = fashion_mnist(data)
     inputs, labels = to_inputs(test[:test_images]), labels[:test_images]
     calibration = to_inputs(calibration_images(train_images, images, seed))
@@ -141,9 +148,9 @@ def main(
                 }
                 lines = [asdict(run) | settings | facts for run in runs]
                 out.write_text(json.dumps(lines, indent=2) + "\n")
-            console.print(_table(runs[-1:]))
+            console.print(_table(runs[-1:], targets))
     if len(runs) > 1:
-        console.print(_table(runs))
+        console.print(_table(runs, targets))
 
 
 def _budget(text: str) -> dict[str, float]:
@@ -156,7 +163,7 @@ def _text(budget: dict[str, float]) -> str:
     return ",".join(f"{name}={fraction:g}" for name, fraction in budget.items())
 
 
-def _table(runs: list[Run]) -> Table:
+def _table(runs: list[Run], targets: dict[str, float]) -> Table:
     table = Table(title="Fashion-MNIST test set, no labels")
     for title in (
         "allocation",
@@ -183,7 +190,7 @@ def _table(runs: list[Run]) -> Table:
             f"{run.latency['ratio']:.3f}" if run.latency else "",
             f"{run.accuracy_before:.4f} -> {run.accuracy_after:.4f}",
             f"{run.drop_points:.2f}",
-            f"{TARGETS[asked]:.2f}" if asked in TARGETS else "",
+            f"{targets[asked]:.2f}" if asked in targets else "",
             f"{run.agreement:.4f}",
             f"{run.kl:.5f}",
             f"{run.seconds:.0f} s",

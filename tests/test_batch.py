@@ -149,6 +149,10 @@ epochs = 3
 [[models]]
 name = "two"
 model = "batch_nets:two"
+[[models]]
+name = "uneven"
+model = "batch_nets:two"
+data = "uneven"
 [[budgets]]
 name = "half"
 keep = {flops = 1.5}
@@ -179,6 +183,9 @@ budget = "tiny"
 
 
 def test_all_errors_are_found_at_once_and_nothing_is_written(folder):
+    (folder / "uneven").mkdir()
+    for number in (1, 2):
+        np.save(folder / "uneven" / f"{number}.npy", np.zeros((3, number)))
     with pytest.raises(InputError) as caught:
         batch(WRONG)
     text = str(caught.value)
@@ -197,6 +204,7 @@ def test_all_errors_are_found_at_once_and_nothing_is_written(folder):
         "models 2 ('two'): got the key 'epochs'",
         "models 3 ('two'): got name = 'two' twice",
         "models 3 ('two'): got no data",
+        "2.npy of float64 with samples of shape (2,); expected float64 and (1,)",
         "budgets 1 ('half'): got keep={'flops': 1.5}",
         "budgets 2 ('fast'): got keep={'seconds': 0.5}",
         "settings 1 ('s'), solver: got --solver magic",
@@ -215,7 +223,7 @@ def test_all_errors_are_found_at_once_and_nothing_is_written(folder):
     done = CliRunner().invoke(app, ["batch", "jobs.toml"])
     assert done.exit_code == 1 and "settings 2 ('t')" in done.output
     assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {
-        *("batch_nets.py", "jobs.toml"),
+        *("batch_nets.py", "jobs.toml", "uneven"),
     }
 
 

@@ -62,6 +62,7 @@ from ..output_loss import LOSSES
 from ..prepare import Settings
 from ..refine import Refinement
 from ..runtime.layer_timing import check_runtime
+from ..sample_files import SampleFiles
 from ..sensitivity import check_solver
 from ..solvers import Solver
 from .schema import Errors, of_table
@@ -319,19 +320,25 @@ def _model(name: str, table: dict, where: str, errors: Errors, folder: Path) -> 
         data = table["data"]
         if data and (folder / data).exists() or data.endswith((".npy", ".npz")):
             table["data"] = str(folder / data)
-            _check_arrays(folder / data, where, errors)
+            with errors.at(where):
+                _check_arrays(folder / data)
         else:
             with errors.at(where):
                 import_object(data, "data")
     return ModelSource(name, **{"model": "", "data": "", **table})
 
 
-def _check_arrays(path: Path, where: str, errors: Errors) -> None:
+def _check_arrays(path: Path) -> None:
+    """That the files can be read, and those of a folder fit each other."""
+    if path.suffix != ".npz":
+        SampleFiles(path, 1)
+        return
     try:
-        if path.suffix in (".npy", ".npz"):
-            np.load(path, mmap_mode="r", allow_pickle=False)
+        np.load(path, allow_pickle=False).close()
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        errors.add(where, f"data = {str(path)!r}: {error}", "a whole file", "Check the path.")
+        raise InputError(
+            complain(f"data = {str(path)!r}: {error}", "a whole file", "Check the path.")
+        ) from error
 
 
 def _budget(name: str, table: dict, where: str, errors: Errors) -> dict[str, float] | None:

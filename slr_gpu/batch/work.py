@@ -356,11 +356,11 @@ def _output_loss(prepared: Prepared, model: nn.Module, loss: str) -> dict[str, A
     model.eval()
     batches = judging_batches(prepared)
     with torch.no_grad():
-        wanted = [run_model(original, batch) for batch in batches]
         try:
-            name = choose_loss(loss, wanted[0])
+            name = choose_loss(loss, run_model(original, prepared.few_samples))
         except ModelError:
             return None  # nothing that can be compared
+        wanted = [run_model(original, batch) for batch in batches]
         value = mean_loss(name, wanted, (run_model(model, batch) for batch in batches))
     for module, training in modes.items():
         module.training = training
