@@ -116,7 +116,11 @@ def test_trade_offs_are_those_of_the_gram_matrix(by_rows, form):
         assert rows[structure] == pytest.approx(error, rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize("dtype", ["f8", "f4"])
+# Rows of small layers are worked on in float64 whatever they are; the form by rows is up to 1e-3 off
+# in float32, the direct one, whose products over rows are formed in float64, 1e-5.
+@pytest.mark.parametrize(
+    ("dtype", "precise", "rel"), [("f8", 1e9, 1e-5), ("f4", 1e9, 1e-5), ("f4", 0, 1.5e-3)]
+)
 @pytest.mark.parametrize(
     ("taps", "asked", "solver"),
     [
@@ -136,21 +140,21 @@ def test_trade_offs_are_those_of_the_gram_matrix(by_rows, form):
         (1, {"keep": 0.25}, slr_gpu.Magnitude(reconstruct=True)),
     ],
 )
-def test_fits_reach_the_objective_of_the_gram_matrix(by_rows, dtype, taps, asked, solver):
+def test_fits_reach_the_objective_of_the_gram_matrix(
+    by_rows, monkeypatch, dtype, precise, rel, taps, asked, solver
+):
+    monkeypatch.setattr(problem, "PRECISE_RESPONSES", precise)
     layer_io = layer(taps=taps, channels=120 // taps, dtype=dtype)
     direct = slr_gpu.fit(layer_io, solver=solver, **asked)
     by_rows()
     rows = slr_gpu.fit(layer_io, solver=solver, **asked)
-    # In float32 the form by rows is up to 1e-3 away from what it gives in float64; the direct one,
-    # whose products over rows are formed in float64, 1e-5.
-    close = {"rel": 1e-5 if dtype == "f8" else 1.5e-3}
     assert rows.structure == direct.structure
-    assert rows.error == pytest.approx(direct.error, **close)
-    assert rows.held_out_error == pytest.approx(direct.held_out_error, **close)
+    assert rows.error == pytest.approx(direct.error, rel=rel)
+    assert rows.held_out_error == pytest.approx(direct.held_out_error, rel=rel)
     if direct.history:
         assert len(rows.history) == len(direct.history)
         objectives = [fitted.history[-1]["objective"] for fitted in (rows, direct)]
-        assert objectives[0] == pytest.approx(objectives[1], **close)
+        assert objectives[0] == pytest.approx(objectives[1], rel=rel)
 
 
 @pytest.mark.parametrize("solver", [slr_gpu.ADMM(), slr_gpu.Grebsmo(), slr_gpu.ChannelPruning()])
