@@ -96,6 +96,39 @@ def test_refinement_goes_on_from_its_last_epoch(data, tmp_path, monkeypatch):
         assert torch.equal(value, again.model.state_dict()[name])
 
 
+class Viewing(nn.Module):
+    """Reads its convolutions' output in the order of one layout only."""
+
+    def __init__(self):
+        super().__init__()
+        *self.convolutions, _, self.last = network()
+        self.convolutions = nn.Sequential(*self.convolutions)
+
+    def forward(self, x):
+        return self.last(self.convolutions(x).view(len(x), -1))
+
+
+@pytest.mark.parametrize(("make", "last"), [(network, True), (Viewing, False)])
+def test_kernels_train_with_their_channels_last_where_the_model_allows(
+    data, monkeypatch, make, last
+):
+    from slr_gpu import refine as module
+
+    plain, laid = module._Trainer.note, []
+
+    def look(self, error):
+        plain(self, error)
+        laid.append(not all(p.is_contiguous() for p in self.parameters))
+
+    monkeypatch.setattr(module._Trainer, "note", look)
+    run = {"allocation": "uniform", "progress": False}
+    settings = slr_gpu.Refinement(epochs=12, rate=3e-3, batch_size=20)
+    found = slr_gpu.compress(make().eval(), data, {"flops": 0.4}, refine=settings, **run)
+    assert laid == [last] * 12
+    assert found.report.refinement["kept"]
+    assert all(p.is_contiguous() for p in found.model.parameters())
+
+
 def test_the_same_samples_are_held_out_as_by_the_layers(data):
     batches = as_batches(data, network(), 30)
     fitted, held = held_out_batches(batches, 0.1)
