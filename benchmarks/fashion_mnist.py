@@ -82,6 +82,7 @@ def main(
     images: Annotated[int, typer.Option(help="Calibration images.")] = 3000,
     samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
     form: Annotated[str, typer.Option(help="Form of the layers.")] = "auto",
+    multiple: Annotated[int, typer.Option(help="r, s and k in blocks of so many channels.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the calibration images and rows.")] = 0,
     symmetric: Annotated[bool, typer.Option(help="Inputs from the original network.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
@@ -106,6 +107,7 @@ def main(
     calibration = to_inputs(calibration_images(train_images, images, seed))
     original = load_weights(find_factory(model)(), weights)
     settings = {"form": form, "samples": samples, "asymmetric": not symmetric, "seed": seed}
+    settings["multiple"] = multiple
     logits = predict(original, inputs, batch_size=50)
     before = compare(logits, logits, labels)
     runs: list[Run] = []

@@ -23,6 +23,7 @@ from .cli_inputs import (
     import_object,
     load_data,
     load_model,
+    make_refinement,
     make_solver,
     parse_bytes,
     parse_keep,
@@ -92,6 +93,9 @@ _MemoryLimit = Annotated[
     str | None, typer.Option(help="Of data and waiting activations in memory, e.g. 2GiB.")
 ]
 _Refine = Annotated[bool, typer.Option("--refine", help="Then train all layers together.")]
+_RefineEpochs = Annotated[
+    int | None, typer.Option(help="The same in so many passes over the data instead of 100.")
+]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was cut short.")]
 _Export = Annotated[
     list[str], typer.Option(help="Also write this .onnx or .pt2 file into the folder.")
@@ -122,6 +126,7 @@ def compress(
     asymmetric: _Asymmetric = True,
     seed: _Seed = 0,
     refine: _Refine = False,
+    refine_epochs: _RefineEpochs = None,
     resume: _Resume = False,
     device: _Device = "cpu",
     spill_dir: _SpillDir = None,
@@ -152,7 +157,7 @@ def compress(
                 keep_ends=keep_ends,
                 asymmetric=asymmetric,
                 seed=seed,
-                refine=refine,
+                refine=make_refinement(refine, refine_epochs),
                 checkpoint=out / _CHECKPOINT,
                 resume=resume,
                 device=device,
@@ -247,6 +252,7 @@ def apply(
     weights: _Weights = None,
     loss: _Loss = "auto",
     refine: _Refine = False,
+    refine_epochs: _RefineEpochs = None,
     resume: _Resume = False,
     device: _Device = "cpu",
     spill_dir: _SpillDir = None,
@@ -267,7 +273,7 @@ def apply(
                 calibration_data(data),
                 Plan.load(plan),
                 loss=loss,
-                refine=refine,
+                refine=make_refinement(refine, refine_epochs),
                 checkpoint=out / _CHECKPOINT,
                 resume=resume,
                 device=device,

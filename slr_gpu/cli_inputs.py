@@ -78,6 +78,13 @@ def make_solver(name: str) -> Any:
     return SOLVERS[name]()
 
 
+def make_refinement(refine: bool, epochs: int | None) -> Any:
+    """What ``refine=`` is given: so many epochs ask for a refinement too."""
+    from .refine import Refinement
+
+    return refine if epochs is None else Refinement(epochs=epochs)
+
+
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

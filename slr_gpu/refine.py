@@ -363,8 +363,8 @@ class _Trainer:
             self.best_values[number] = tensors.pop("best").to(p)
             step = tensors.pop("step")
             # In the layout of the values, as Adam itself makes them: then bits do not depend on it.
-            laid = {k: torch.empty_like(p).copy_(v) for k, v in tensors.items()}
-            self.adam.state[p] = {"step": step, **{k: v.detach() for k, v in laid.items()}}
+            laid = {k: torch.empty_like(p.detach()).copy_(v) for k, v in tensors.items()}
+            self.adam.state[p] = {"step": step, **laid}
         self.best = float(facts["best"])
         return int(facts["epochs"])
 

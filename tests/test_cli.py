@@ -66,6 +66,8 @@ def test_compress(folder, data):
         data,
         "--keep",
         "flops=0.6,params=0.9",
+        "--refine-epochs",
+        "2",
         "--out",
         "out",
     )
@@ -73,6 +75,7 @@ def test_compress(folder, data):
     assert "kept" in done.output
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["achieved"]["flops"] <= 0.6
+    assert report["refinement"]["epochs"] == 2
     assert {path.name for path in (folder / "out").iterdir()} == {
         "model.safetensors",
         "plan.json",
@@ -90,6 +93,7 @@ def test_compress(folder, data):
         ({"--keep": "flops"}, "flops=0.25"),
         ({"--keep": "flops=2"}, "fraction"),
         ({"--device": "tpu"}, "tpu"),
+        ({"--refine-epochs": "0"}, "epochs=0"),
         ({"--solver": "magic"}, "majorize, admm"),
         ({"--solver": "zhang", "--form": "rotated"}, "one of auto, columns, spatial"),
     ],
