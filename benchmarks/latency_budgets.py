@@ -52,7 +52,7 @@ def network(name: str) -> tuple[nn.Module, torch.Tensor]:
 @app.command()
 def main(
     model: Annotated[list[str], typer.Option(help="Repeat for several.")] = list(MODELS),
-    keep: Annotated[list[float], typer.Option(help="Of the latency; repeat.")] = [0.5, 0.3],
+    keep: Annotated[list[float], typer.Option(help="Of the latency; repeat.")] = [0.4, 0.25],
     runtime: str = "onnxruntime",
     threads: int = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,

@@ -143,7 +143,7 @@ def waveform(num_classes: int = 360, in_channels: int = 1) -> nn.Sequential:
     -------
     nn.Sequential
         Maps (N, in_channels, 1024) to scores (N, num_classes): six convolutions of 512 to 3 taps,
-        each with batch normalisation, ReLU and pooling, and a linear layer. 3.3 million parameters.
+        each with batch normalisation, ReLU and pooling, and a linear layer. 3.7 million parameters.
     """
     layers: list[nn.Module] = []
     channels = in_channels
