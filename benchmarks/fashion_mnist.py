@@ -106,8 +106,13 @@ def main(
     inputs, labels = to_inputs(test[:test_images]), labels[:test_images]
     calibration = to_inputs(calibration_images(train_images, images, seed))
     original = load_weights(find_factory(model)(), weights)
-    settings = {"form": form, "samples": samples, "asymmetric": not symmetric, "seed": seed}
-    settings["multiple"] = multiple
+    settings = {
+        "form": form,
+        "samples": samples,
+        "asymmetric": not symmetric,
+        "seed": seed,
+        "multiple": multiple,
+    }
     logits = predict(original, inputs, batch_size=50)
     before = compare(logits, logits, labels)
     runs: list[Run] = []

@@ -28,8 +28,11 @@ from slr_gpu.storage import save_json
 
 app = typer.Typer(add_completion=False)
 
-MODELS = {"vgg16": (vgg16, (1, 32, 32)), "resnet18": (resnet18, (1, 32, 32))}
-MODELS |= {"waveform": (waveform, (1, 1024))}
+MODELS = {
+    "vgg16": (vgg16, (1, 32, 32)),
+    "resnet18": (resnet18, (1, 32, 32)),
+    "waveform": (waveform, (1, 1024)),
+}
 
 
 def network(name: str) -> tuple[nn.Module, torch.Tensor]:
