@@ -16,7 +16,7 @@ from slr_gpu.batches import Named
 from slr_gpu.calibration import as_batches
 from slr_gpu.capture import Sampler, Use, record_references
 from slr_gpu.graph import find_sites
-from slr_gpu.refine import _Batches
+from slr_gpu.mixtures import Mixtures
 from slr_gpu.sensitivity import held_out_batches
 
 DATA = torch.randn(50, 2, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -140,14 +140,14 @@ def test_compress_gives_the_same_bits_from_memory_and_from_files(tmp_path):
 def test_refinement_of_streamed_data(tmp_path):
     """In parts: every sample once an epoch, the same whenever asked, with the original's answer."""
     batches = as_batches(shards(tmp_path), MODEL, BATCH, 0)
-    settings = slr_gpu.Refinement(epochs=2, copies=2, batch_size=5)
-    feed = _Batches(MODEL, batches, settings, limit=2 * batches.nbytes)
+    settings = {"copies": 2, "batch_size": 5, "limit": 2 * batches.nbytes}
+    feed = Mixtures(MODEL, batches, **settings)
     assert len(feed.parts) == 2 and len(feed) == 9
     plain = list(feed.of_epoch(0))
     seen = torch.cat([x for (x,), _ in plain])
     assert len(plain) == 9 and len(seen.unique(dim=0)) == 45  # the rest of each part is dropped
     assert all((DATA == x).flatten(1).all(1).any() for x in seen)
-    again = list(_Batches(MODEL, batches, settings, limit=2 * batches.nbytes).of_epoch(0))
+    again = list(Mixtures(MODEL, batches, **settings).of_epoch(0))
     for ((x,), wanted), ((y,), _) in zip(plain, again, strict=True):
         assert torch.equal(x, y)
         torch.testing.assert_close(wanted[0], MODEL(x))

@@ -19,7 +19,7 @@ from slr_gpu.deploy import _input_shapes, choose_graphs
 from slr_gpu.export import modules_to_onnx
 from slr_gpu.fold import DENSE, decomposed_layers, for_deployment, graphs_of, multiplied_out
 from slr_gpu.layers import SLRLinear
-from slr_gpu.refine import _run
+from slr_gpu.mixtures import answer_of
 from slr_gpu.runtime.layer_timing import time_layers
 from slr_gpu.runtime.timing import Timings
 
@@ -280,5 +280,5 @@ def test_layers_that_are_called_by_name_are_seen():
     model, x = ByName().eval(), torch.randn(1, 2, 5, 5)
     assert _input_shapes(model, (x,), ["a", "b"]) == {"a": (1, 2, 5, 5), "b": (1, 6)}
     with torch.no_grad():
-        output, read = _run(model, (x,), ["b"])
+        output, read = answer_of(model, (x,), ["b"])
     assert torch.equal(model.b(read[0]), output)

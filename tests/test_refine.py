@@ -12,9 +12,11 @@ import slr_gpu
 from slr_gpu.batches import Batches
 from slr_gpu.calibration import as_batches
 from slr_gpu.layer_io import LayerIO
+from slr_gpu.mixtures import Mixtures, answer_of
 from slr_gpu.output_loss import choose_loss, mean_loss, output_loss
-from slr_gpu.refine import _Batches, _run, _terms, _weighted
+from slr_gpu.refine import _terms, _weighted
 from slr_gpu.sensitivity import held_out_batches
+from slr_gpu.training import Trainer
 
 
 def network(outputs=5):
@@ -73,12 +75,10 @@ def test_a_refinement_that_does_not_help_is_dropped(data):
 
 
 def test_refinement_goes_on_from_its_last_epoch(data, tmp_path, monkeypatch):
-    from slr_gpu import refine as module
-
     run = {"allocation": "uniform", "progress": False}
     settings = slr_gpu.Refinement(epochs=4, batch_size=40)
     whole = slr_gpu.compress(network(), data, {"flops": 0.3}, refine=settings, **run)
-    plain, notes = module._Trainer.note, []
+    plain, notes = Trainer.note, []
 
     def cut_short(self, error):
         plain(self, error)
@@ -86,7 +86,7 @@ def test_refinement_goes_on_from_its_last_epoch(data, tmp_path, monkeypatch):
         if len(notes) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Trainer, "note", cut_short)
+    monkeypatch.setattr(Trainer, "note", cut_short)
     run |= {"refine": settings, "checkpoint": tmp_path / "pieces"}
     with pytest.raises(KeyboardInterrupt):
         slr_gpu.compress(network(), data, {"flops": 0.3}, **run)
@@ -112,15 +112,13 @@ class Viewing(nn.Module):
 def test_kernels_train_with_their_channels_last_where_the_model_allows(
     data, monkeypatch, make, last
 ):
-    from slr_gpu import refine as module
-
-    plain, laid = module._Trainer.note, []
+    plain, laid = Trainer.note, []
 
     def look(self, error):
         plain(self, error)
         laid.append(not all(p.is_contiguous() for p in self.parameters))
 
-    monkeypatch.setattr(module._Trainer, "note", look)
+    monkeypatch.setattr(Trainer, "note", look)
     run = {"allocation": "uniform", "progress": False}
     settings = slr_gpu.Refinement(epochs=12, rate=3e-3, batch_size=20)
     found = slr_gpu.compress(make().eval(), data, {"flops": 0.4}, refine=settings, **run)
@@ -148,8 +146,7 @@ def test_the_same_samples_are_held_out_as_by_the_layers(data):
 def test_mixtures_are_between_two_samples_and_come_again():
     data = torch.randn(40, 3)
     model = nn.Linear(3, 2)
-    settings = slr_gpu.Refinement(epochs=4, copies=2, batch_size=10)
-    batches = _Batches(model, Batches.of([(data[:25],), (data[25:],)]), settings)
+    batches = Mixtures(model, Batches.of([(data[:25],), (data[25:],)]), copies=2, batch_size=10)
     plain = torch.cat([batch for (batch,), _ in batches.of_epoch(0)])
     assert torch.equal(plain.sort(0).values, data.sort(0).values)
     mixed = [(batch, wanted) for (batch,), (wanted, _) in batches.of_epoch(1)]
@@ -170,7 +167,10 @@ def test_mixtures_are_between_two_samples_and_come_again():
 @torch.no_grad()
 def test_what_late_layers_read_is_compared(data, monkeypatch):
     model = network()
-    answers = [_run(model, (data[:7],), ["4", "7"]), _run(model, (data[7:14],), ["4", "7"])]
+    answers = [
+        answer_of(model, (data[:7],), ["4", "7"]),
+        answer_of(model, (data[7:14],), ["4", "7"]),
+    ]
     first, second = ([model[:4](x), model[:7](x)] for x in (data[:7], data[7:14]))
     for (output, read), x, expected in zip(answers, (data[:7], data[7:14]), (first, second)):
         torch.testing.assert_close(output, model(x))
@@ -182,8 +182,8 @@ def test_what_late_layers_read_is_compared(data, monkeypatch):
     assert float(_weighted(terms, terms)) == pytest.approx(2.0)
     # What nothing trained is in front of has no weight, however small its rounding was.
     assert float(_weighted(terms, [terms[0], 1e-16, terms[2]])) == pytest.approx(2.0)
-    monkeypatch.setattr("slr_gpu.refine.LARGEST_FEATURE", 108)
-    assert [h.shape[1:] for h in _run(model, (data[:7],), ["4", "7"])[1]] == [(108,)]
+    monkeypatch.setattr("slr_gpu.mixtures.LARGEST_FEATURE", 108)
+    assert [h.shape[1:] for h in answer_of(model, (data[:7],), ["4", "7"])[1]] == [(108,)]
     assert not model[4]._forward_pre_hooks
 
 

@@ -1,0 +1,143 @@
+"""Batches of an epoch of the refinement, and what the original answers.
+
+In: calibration batches and the original network. Out: for each epoch shuffled batches of samples or
+of mixtures of two, x = a x_i + (1 - a) x_j, each with what the network returns for it and what some
+of its layers read on the way. The network answers for any input, so mixtures are further
+calibration data (Beyer et al. 2022, "a good teacher is patient and consistent").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import Batch, Batches, run_model
+from .frontier import first_input
+from .graph import hooks
+from .output_loss import tensors_of
+
+# Values a sample of what a layer reads, at most, for that to be kept.
+LARGEST_FEATURE = 2**14
+
+# What a model returned, and what some of its layers read.
+Answer = tuple[Any, list[Tensor]]
+
+
+def answer_of(model: nn.Module, batch: Batch, late: list[str]) -> Answer:
+    """Call a model; also the small first inputs of these modules, in the order of their calls."""
+    read: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_input(args, kwargs)
+        if x.numel() <= LARGEST_FEATURE * len(x):
+            read.append(x)
+
+    with hooks() as handles:
+        for name in late:
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        return run_model(model, batch), read
+
+
+class Mixtures:
+    """Calibration samples and mixtures of them, each with what the original returns for it.
+
+    There are `copies` sets of batches, the first without mixtures; an epoch goes through one of
+    them. Samples are shuffled across batches where all have one shape; else batches are. Data that
+    is read anew in every pass goes through in parts that fit the limit, each shuffled in itself.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        batches: Batches,
+        copies: int,
+        batch_size: int,
+        seed: int = 0,
+        late: list[str] | None = None,
+        limit: float = math.inf,
+    ) -> None:
+        self.original, self.batches = original, batches
+        self.batch_size, self.seed = batch_size, seed
+        self.late = late or []
+        layout = next(iter(batches.layouts))
+        named = any(layout.names for layout in batches.layouts)
+        self.joins = len(batches.layouts) == 1 and None not in layout.shapes and not named
+        mixes = all(isinstance(i, Tensor) and i.is_floating_point() for i in batches.first)
+        self.copies = copies if mixes and not named else 1
+        # Neighbouring batches, as many each; of one part there are up to four copies in memory.
+        count = math.ceil(4 * batches.nbytes / max(limit, 1))
+        count = 1 if batches.held else min(len(batches), count)
+        self.parts = [p.tolist() for p in np.array_split(np.asarray(batches.numbers), count)]
+        self._whole = self._read(self.parts[0]) if batches.held else None
+        self._wanted: dict[tuple[int, int, int], Answer] = {}
+        self._room = limit
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return sum(self._steps(part) for part in self.parts)
+
+    def _steps(self, part: list[int]) -> int:
+        if not self.joins:
+            return len(part)
+        samples = sum(self.batches.sizes[number] for number in part)
+        return max(1, samples // self.batch_size)
+
+    def of_epoch(self, epoch: int) -> Iterator[tuple[Batch, Answer]]:
+        """Batches of an epoch with the original's answers; the same whenever they are asked for."""
+        copy = epoch % self.copies
+        shuffle, mixing = self._generator(self.copies + epoch), self._generator(copy)
+        for place, part in enumerate(self.parts):
+            batches = self._of_copy(copy, part, mixing)
+            for number in torch.randperm(len(batches), generator=shuffle).tolist():
+                yield batches[number], self._answer((copy, place, number), batches[number])
+
+    def _answer(self, key: tuple[int, int, int], batch: Batch) -> Answer:
+        """What the original makes of a batch, remembered while there is room."""
+        if key in self._wanted:
+            return self._wanted[key]
+        with torch.no_grad():
+            answer = answer_of(self.original, batch, self.late)
+        size = sum(t.nbytes for t in [*tensors_of(answer[0]), *answer[1]])
+        if size <= self._room:
+            self._room -= size
+            self._wanted[key] = answer
+        return answer
+
+    def _of_copy(self, copy: int, part: list[int], generator: torch.Generator) -> list[Batch]:
+        batches = self._read(part) if self._whole is None else self._whole
+        if self.joins:
+            joined, steps = batches[0], self._steps(part)
+            order = torch.randperm(len(joined[0]), generator=generator)
+            size = min(self.batch_size, len(order))
+            rows = order[: steps * size].split(size)
+            batches = [tuple(item[r] for item in joined) for r in rows]
+        return batches if copy == 0 else [self._mixed(batch, generator) for batch in batches]
+
+    def _read(self, part: list[int]) -> list[Batch]:
+        """Batches of a part; a single one of all samples where they can be joined."""
+        batches = list(self.batches.subset(part))
+        if not self.joins:
+            return batches
+        return [tuple(torch.cat(items) for items in zip(*batches, strict=True))]
+
+    def _generator(self, number: int) -> torch.Generator:
+        seed = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(seed))
+
+    @staticmethod
+    def _mixed(batch: Batch, generator: torch.Generator) -> Batch:
+        """Every sample mixed with another of the batch."""
+        count = len(batch[0])
+        share = torch.rand(count, generator=generator)
+        partner = torch.randperm(count, generator=generator)
+        mixed = []
+        for item in batch:
+            a = share.to(item).reshape(-1, *(1,) * (item.ndim - 1))
+            mixed.append(a * item + (1 - a) * item[partner.to(item.device)])
+        return tuple(mixed)
