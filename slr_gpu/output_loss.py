@@ -86,12 +86,18 @@ def output_loss(
     return total, sum(w.double().square().sum() for w in wanted)
 
 
-def mean_loss(loss: str, wanted: Iterable[Any], got: Iterable[Any], group: Group = ALONE) -> float:
+def mean_loss(
+    loss: str,
+    wanted: Iterable[Any],
+    got: Iterable[Any],
+    group: Group = ALONE,
+    temperature: float = 1.0,
+) -> float:
     """The mean over all ranks' batches: one output of the original's for each of the other's."""
     total = count = 0.0
     with torch.no_grad():
         for reference, output in zip(wanted, got, strict=True):
-            part, size = output_loss(loss, reference, output)
+            part, size = output_loss(loss, reference, output, temperature)
             total, count = total + float(part), count + float(size)
     total, count = (float(x) for x in group.sum((np.array(total), np.array(count))))
     return max(total, 0.0) / max(count, 1e-30)

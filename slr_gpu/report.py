@@ -187,8 +187,9 @@ class Report:
             )
         if self.refinement:
             r = self.refinement
+            at = f" at temperature {r['temperature']:g}" if r["loss"] == "kl" else ""
             lines.append(
-                f"refined together: held-out {r['loss']} {r['before']:.3g} -> {r['after']:.3g}"
+                f"refined together: held-out {r['loss']}{at} {r['before']:.3g} -> {r['after']:.3g}"
                 + ("" if r["kept"] else " (not better, dropped)")
             )
         lines.append(f"wall time: {self.seconds:.1f} s")
