@@ -65,6 +65,30 @@ def test_held_out_loss_falls_and_so_does_that_on_new_samples(data, loss):
     assert "refined together" in str(refined.report)
 
 
+def test_steps_are_in_proportion_to_what_outputs_are_off(data, monkeypatch):
+    from slr_gpu import refine as module
+
+    rates, model = [], network()
+    held = data[9::10]
+
+    def noting(parameters, rate, group):
+        rates.append(rate)
+        return Trainer(parameters, rate, group)
+
+    monkeypatch.setattr(module, "Trainer", noting)
+    run = {"allocation": "uniform", "progress": False}
+    refine = slr_gpu.Refinement(epochs=1, rate=0.01)
+    off = []
+    for keep in (0.85, 0.25):
+        plain = slr_gpu.compress(model, data, {"flops": keep}, **run)
+        slr_gpu.compress(model, data, {"flops": keep}, refine=refine, **run)
+        with torch.no_grad():
+            wanted = model(held)
+            off.append(float((plain.model(held) - wanted).norm() / wanted.norm()))
+    assert off[0] < 0.1 < off[1]
+    assert rates == pytest.approx([0.01 * off[0] / 0.1, 0.01], rel=0.05)
+
+
 def test_a_refinement_that_does_not_help_is_dropped(data):
     run = {"allocation": "uniform", "progress": False}
     plain = slr_gpu.compress(network(), data, {"flops": 0.3}, **run)
