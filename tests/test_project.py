@@ -70,6 +70,8 @@ ORDER = [
     "deploy",
     "latency",
     "sensitivity",
+    "mixtures",
+    "training",
     "refine",
     "result",
     "compress",
