@@ -134,7 +134,8 @@ def refine_model(
     Returns
     -------
     dict
-        ``loss``, its value on held-out samples ``before`` and ``after``, ``kept``, ``seconds``.
+        ``loss``, its value on held-out samples at the temperature of the settings ``before`` and
+        ``after``, ``kept``, ``seconds`` and the settings.
     """
     began = time.perf_counter()
     work, original = prepared.work, prepared.original

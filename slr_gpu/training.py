@@ -100,15 +100,12 @@ class Trainer:
     def __init__(self, parameters: list[nn.Parameter], rate: float, group: Group = ALONE) -> None:
         self.parameters, self.group = parameters, group
         self.best, self.best_values = math.inf, self._values()
-        groups: dict[bool, list[dict]] = {True: [], False: []}
+        kinds: dict[type[torch.optim.Optimizer], list[dict]] = {Muon: [], torch.optim.Adam: []}
         for p in parameters:
             scale = rate * float(p.detach().square().mean().sqrt())
-            groups[p.ndim > 1].append({"params": [p], "lr": scale, "scale": scale})
-        self.optimizers = [
-            kind(groups[matrices])
-            for kind, matrices in ((Muon, True), (torch.optim.Adam, False))
-            if groups[matrices]
-        ]
+            kind = Muon if p.ndim > 1 else torch.optim.Adam
+            kinds[kind].append({"params": [p], "lr": scale, "scale": scale})
+        self.optimizers = [kind(groups) for kind, groups in kinds.items() if groups]
 
     def _values(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.parameters]
@@ -167,22 +164,25 @@ class Trainer:
         if found is None:
             return 0
         arrays, facts = found
-        owner = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        for number, p in enumerate(self.parameters):
-            prefix = f"{number}."
-            tensors = {
-                name.removeprefix(prefix): torch.from_numpy(array)
-                for name, array in arrays.items()
-                if name.startswith(prefix)
-            }
-            with torch.no_grad():
-                p.copy_(tensors.pop("value"))
-            self.best_values[number] = tensors.pop("best").to(p)
-            for name, tensor in tensors.items():
+        states = {
+            p: optimizer.state[p]
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        for name, array in arrays.items():
+            number, _, piece = name.partition(".")
+            p, tensor = self.parameters[int(number)], torch.from_numpy(array)
+            if piece == "value":
+                with torch.no_grad():
+                    p.copy_(tensor)
+            elif piece == "best":
+                self.best_values[int(number)] = tensor.to(p)
+            else:
                 # In the layout of the values, as it was made: then bits do not depend on it.
                 if tensor.shape == p.shape:
                     tensor = torch.empty_like(p.detach()).copy_(tensor)
-                owner[p].state[p][name.removeprefix("state.")] = tensor
+                states[p][piece.removeprefix("state.")] = tensor
         self.best = float(facts["best"])
         return int(facts["epochs"])
 

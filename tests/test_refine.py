@@ -14,7 +14,6 @@ from slr_gpu.calibration import as_batches
 from slr_gpu.layer_io import LayerIO
 from slr_gpu.mixtures import Mixtures, answer_of
 from slr_gpu.output_loss import choose_loss, mean_loss, output_loss
-from slr_gpu.parallel import ALONE
 from slr_gpu.refine import _terms, _weighted
 from slr_gpu.sensitivity import held_out_batches
 from slr_gpu.training import Trainer
@@ -53,8 +52,9 @@ def test_held_out_loss_falls_and_so_does_that_on_new_samples(data, loss):
     held = data[9::10]
     with torch.no_grad():
         wanted = [model(held)]
-        judged = [([r.model(held)], ALONE, 3.0) for r in (plain, refined)]
-        losses = [mean_loss(loss, wanted, *arguments) for arguments in judged]
+        losses = [
+            mean_loss(loss, wanted, [r.model(held)], temperature=3.0) for r in (plain, refined)
+        ]
         unseen = [mean_loss(loss, [model(new)], [r.model(new)]) for r in (plain, refined)]
     assert losses == pytest.approx([facts["before"], facts["after"]], rel=1e-5)
     assert unseen[1] < unseen[0]
@@ -66,8 +66,6 @@ def test_held_out_loss_falls_and_so_does_that_on_new_samples(data, loss):
 
 
 def test_steps_are_in_proportion_to_what_outputs_are_off(data, monkeypatch):
-    from slr_gpu import refine as module
-
     rates, model = [], network()
     held = data[9::10]
 
@@ -75,7 +73,7 @@ def test_steps_are_in_proportion_to_what_outputs_are_off(data, monkeypatch):
         rates.append(rate)
         return Trainer(parameters, rate, group)
 
-    monkeypatch.setattr(module, "Trainer", noting)
+    monkeypatch.setattr("slr_gpu.refine.Trainer", noting)
     run = {"allocation": "uniform", "progress": False}
     refine = slr_gpu.Refinement(epochs=1, rate=0.01)
     off = []

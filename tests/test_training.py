@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from slr_gpu.checkpoint import Store
 from slr_gpu.training import Muon, Trainer, polar
 
 
@@ -61,25 +62,15 @@ def test_an_ill_conditioned_fit_gets_further_than_with_adam():
 
 
 def test_what_gets_no_gradient_stays_and_is_stored(tmp_path):
-    class Kept(dict):
-        def save_arrays(self, name, arrays, facts):
-            self[name] = ({k: v.copy() for k, v in arrays.items()}, facts)
-
-        def load_arrays(self, name):
-            return self.get(name)
-
     def parameters():
         torch.manual_seed(0)
-        return [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3)), unused()]
-
-    def unused():
-        return nn.Parameter(torch.ones(2, 2))
+        return [nn.Parameter(t) for t in (torch.randn(3, 4), torch.randn(3), torch.ones(2, 2))]
 
     def step(trainer, share):
         w, b, _ = trainer.parameters
         trainer.step((w.square().sum() + (b - 1).square().sum()), share)
 
-    store, whole = Kept(), Trainer(parameters(), 0.01)
+    store, whole = Store(tmp_path), Trainer(parameters(), 0.01)
     step(whole, 0.2)
     whole.save(store, 1)
     other = Trainer(parameters(), 0.01)
