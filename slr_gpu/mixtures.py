@@ -1,9 +1,12 @@
 """Batches of an epoch of the refinement, and what the original answers.
 
 In: calibration batches and the original network. Out: for each epoch shuffled batches of samples or
-of mixtures of two, x = a x_i + (1 - a) x_j, each with what the network returns for it and what some
-of its layers read on the way. The network answers for any input, so mixtures are further
-calibration data (Beyer et al. 2022, "a good teacher is patient and consistent").
+of mixtures of two, each with what the network returns for it and what some of its layers read on
+the way. The network answers for any input, so mixtures are further calibration data (Beyer et al.
+2022, "a good teacher is patient and consistent"). They are
+
+    x = a x_i + (1 - a) x_j     sums, a uniform in [0, 1] (Zhang et al. 2018, "mixup"), or
+    x_i with a box of x_j       of images, its share of their volume 1 - a (Yun et al. 2019, "CutMix").
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ def answer_of(model: nn.Module, batch: Batch, late: list[str]) -> Answer:
 class Mixtures:
     """Calibration samples and mixtures of them, each with what the original returns for it.
 
-    There are `copies` sets of batches, the first without mixtures; an epoch goes through one of
-    them. Samples are shuffled across batches where all have one shape; else batches are. Data that
+    There are `copies` sets of batches, the first without mixtures, then sums and, where there are
+    images, boxes by turns; an epoch goes through one of them. Samples are shuffled across batches where all have one shape; else batches are. Data that
     is read anew in every pass goes through in parts that fit the limit, each shuffled in itself.
     """
 
@@ -117,7 +120,10 @@ class Mixtures:
             size = min(self.batch_size, len(order))
             rows = order[: steps * size].split(size)
             batches = [tuple(item[r] for item in joined) for r in rows]
-        return batches if copy == 0 else [self._mixed(batch, generator) for batch in batches]
+        if copy == 0:
+            return batches
+        boxes = copy % 2 == 0 and all(item.ndim > 3 for item in batches[0])
+        return [_mixed(batch, boxes, generator) for batch in batches]
 
     def _read(self, part: list[int]) -> list[Batch]:
         """Batches of a part; a single one of all samples where they can be joined."""
@@ -130,14 +136,36 @@ class Mixtures:
         seed = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
         return torch.Generator().manual_seed(int(seed))
 
-    @staticmethod
-    def _mixed(batch: Batch, generator: torch.Generator) -> Batch:
-        """Every sample mixed with another of the batch."""
-        count = len(batch[0])
-        share = torch.rand(count, generator=generator)
-        partner = torch.randperm(count, generator=generator)
-        mixed = []
-        for item in batch:
-            a = share.to(item).reshape(-1, *(1,) * (item.ndim - 1))
-            mixed.append(a * item + (1 - a) * item[partner.to(item.device)])
-        return tuple(mixed)
+
+def _mixed(batch: Batch, boxes: bool, generator: torch.Generator) -> Batch:
+    """Every sample mixed with another of the batch, all items alike."""
+    count = len(batch[0])
+    share = torch.rand(count, generator=generator)
+    partner = torch.randperm(count, generator=generator)
+    axes = max(item.ndim for item in batch) - 2 if boxes else 0
+    corners = torch.rand(axes, count, generator=generator)
+    mixed = []
+    for item in batch:
+        own = share.reshape(-1, *(1,) * (item.ndim - 1))
+        if boxes:
+            own = 1 - _box(1 - share, corners, item.shape[2:])
+        own, partners = own.to(item), partner.to(item.device)
+        mixed.append(own * item + (1 - own) * item[partners])
+    return tuple(mixed)
+
+
+def _box(share: Tensor, corners: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """1 inside a box in each image, else 0, (N, 1, *sides).
+
+    Its sides are in the proportions of the image's, its volume is a share of it but for rounding;
+    corners in [0, 1) say where it lies, along each axis.
+    """
+    inside = torch.ones(len(share), *(1,) * (1 + len(sides)))
+    for axis, side in enumerate(sides):
+        length = (side * share ** (1 / len(sides))).round()
+        start = (corners[axis] * (side + 1 - length)).floor()
+        place = torch.arange(side)
+        within = (place >= start[:, None]) & (place < (start + length)[:, None])
+        shape = [len(share), 1, *(side if other == axis else 1 for other in range(len(sides)))]
+        inside = inside * within.reshape(shape)
+    return inside
