@@ -6,7 +6,7 @@ the way. The network answers for any input, so mixtures are further calibration 
 2022, "a good teacher is patient and consistent"). They are
 
     x = a x_i + (1 - a) x_j     sums, a uniform in [0, 1] (Zhang et al. 2018, "mixup"), or
-    x_i with a box of x_j       of images, its share of their volume 1 - a (Yun et al. 2019, "CutMix").
+    x_i with a box of x_j       of images, 1 - a of their volume (Yun et al. 2019, "CutMix").
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Mixtures:
     """Calibration samples and mixtures of them, each with what the original returns for it.
 
     There are `copies` sets of batches, the first without mixtures, then sums and, where there are
-    images, boxes by turns; an epoch goes through one of them. Samples are shuffled across batches where all have one shape; else batches are. Data that
-    is read anew in every pass goes through in parts that fit the limit, each shuffled in itself.
+    images, boxes by turns; an epoch goes through one of them. Samples are shuffled across batches
+    where all have one shape; else batches are. Data that is read anew in every pass goes through in
+    parts that fit the limit, each shuffled in itself.
     """
 
     def __init__(

@@ -39,8 +39,8 @@ from .sensitivity import held_out_batches
 from .training import Trainer, channels_last, only_these_train
 
 # An error that is none; and a relative error of the outputs, from which on steps are the largest.
-# On VGG-16 the best steps went with this error: those of a quarter of the FLOPs were a third as long
-# as those of a twentieth.
+# On VGG-16 the best steps went with this error: a third as long at a quarter of the FLOPs as at a
+# twentieth.
 NOTHING = 1e-12
 FAR = 0.05
 
