@@ -39,8 +39,7 @@ from .sensitivity import held_out_batches
 from .training import Trainer, channels_last, only_these_train
 
 # An error that is none; and a relative error of the outputs, from which on steps are the largest.
-# On VGG-16 the best steps went with this error: a third as long at a quarter of the FLOPs as at a
-# twentieth.
+# On VGG-16 steps in proportion to it served at a quarter of the FLOPs and at a twentieth alike.
 NOTHING = 1e-12
 FAR = 0.05
 
