@@ -160,7 +160,7 @@ def main(
                     "images": images,
                     "test_images": len(labels),
                     "threads": threads,
-                    "cpu": torch.backends.cpu.get_cpu_capability(),
+                    "instructions": torch.backends.cpu.get_cpu_capability(),
                 }
                 lines = [asdict(run) | settings | facts for run in runs]
                 out.write_text(json.dumps(lines, indent=2) + "\n")

@@ -167,6 +167,6 @@ def _box(share: Tensor, corners: Tensor, sides: tuple[int, ...]) -> Tensor:
         start = (corners[axis] * (side + 1 - length)).floor()
         place = torch.arange(side)
         within = (place >= start[:, None]) & (place < (start + length)[:, None])
-        shape = [len(share), 1, *(side if other == axis else 1 for other in range(len(sides)))]
-        inside = inside * within.reshape(shape)
+        after = len(sides) - 1 - axis
+        inside = inside * within.reshape(len(share), *(1,) * (1 + axis), side, *(1,) * after)
     return inside
