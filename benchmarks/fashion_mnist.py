@@ -26,7 +26,7 @@ import slr_gpu
 from benchmarks.data import calibration_images, compare, fashion_mnist, predict, to_inputs
 from benchmarks.models import load_weights
 from benchmarks.train_fashion_mnist import find_factory
-from slr_gpu.cli_inputs import parse_keep
+from slr_gpu.cli_inputs import make_refinement, parse_keep
 from slr_gpu.export import export_model
 
 app = typer.Typer(add_completion=False)
@@ -79,6 +79,7 @@ def main(
     refine: Annotated[
         bool, typer.Option("--refine", help="Then train all layers together.")
     ] = False,
+    refine_epochs: Annotated[int | None, typer.Option(help="So long; see Refinement.")] = None,
     images: Annotated[int, typer.Option(help="Calibration images.")] = 3000,
     samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
     form: Annotated[str, typer.Option(help="Form of the layers.")] = "auto",
@@ -106,6 +107,7 @@ def main(
     inputs, labels = to_inputs(test[:test_images]), labels[:test_images]
     calibration = to_inputs(calibration_images(train_images, images, seed))
     original = load_weights(find_factory(model)(), weights)
+    refinement = make_refinement(refine, refine_epochs)
     settings = {
         "form": form,
         "samples": samples,
@@ -124,18 +126,18 @@ def main(
             began = time.perf_counter()
             if "latency" in budget:  # is met by measuring, so not from the analysis alone
                 result = slr_gpu.compress(
-                    original, calibration, budget, allocation=name, refine=refine, **settings
+                    original, calibration, budget, allocation=name, refine=refinement, **settings
                 )
             else:
                 plan = analysis.allocate(budget)
-                result = slr_gpu.apply(original, calibration, plan, refine=refine)
+                result = slr_gpu.apply(original, calibration, plan, refine=refinement)
             seconds = time.perf_counter() - began
             after = compare(logits, predict(result.model, inputs, batch_size=50), labels)
             runs.append(
                 Run(
                     budget,
                     name,
-                    refine,
+                    bool(refinement),
                     result.report.achieved,
                     before.accuracy,
                     after.accuracy,
