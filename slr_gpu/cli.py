@@ -94,7 +94,7 @@ _MemoryLimit = Annotated[
 ]
 _Refine = Annotated[bool, typer.Option("--refine", help="Then train all layers together.")]
 _RefineEpochs = Annotated[
-    int | None, typer.Option(help="The same in so many passes over the data instead of 100.")
+    int | None, typer.Option(help="The same in so many passes over the data.")
 ]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was cut short.")]
 _Export = Annotated[

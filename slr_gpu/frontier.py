@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from .batches import Batch, Batches, Layout, as_argument, run_model, tidy
 from .graph import hooks, set_module
-from .spill import Kept, Spill
+from .spill import Spill, Waiting
 
 
 class _Reached(BaseException):
@@ -30,7 +30,7 @@ class _State(NamedTuple):
 
     own: dict[fx.Node, Any]
     nodes: list[fx.Node]
-    kept: Kept
+    waiting: Waiting
 
 
 def first_input(args: tuple, kwargs: dict) -> Any:
@@ -191,14 +191,14 @@ class Frontier:
             self._run(env, begin, end)
         own = {node: value for node, value in env.items() if node.op == "get_attr"}
         nodes = [node for node in env if node not in own]
-        kept = self._spill.put([env[node] for node in nodes], alike=len(self.batches))
-        self._states[number] = _State(own, nodes, kept)
+        waiting = self._spill.put([env[node] for node in nodes], alike=len(self.batches))
+        self._states[number] = _State(own, nodes, waiting)
         tidy(number)
         return env
 
-    def _env(self, number: int, get: Callable[[Kept], list[Any]]) -> dict[fx.Node, Any]:
-        own, nodes, kept = self._states[number]
-        return own | dict(zip(nodes, get(kept), strict=True))
+    def _env(self, number: int, get: Callable[[Waiting], list[Any]]) -> dict[fx.Node, Any]:
+        own, nodes, waiting = self._states[number]
+        return own | dict(zip(nodes, get(waiting), strict=True))
 
     def _run(self, env: dict[fx.Node, Any], begin: int, end: int) -> None:
         self._interpreter.env = env

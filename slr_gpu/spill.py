@@ -40,7 +40,7 @@ def usual_limit() -> int:
 
 
 @dataclass
-class Kept:
+class Waiting:
     """Values that wait.
 
     Attributes
@@ -119,7 +119,7 @@ class Spill:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def put(self, values: Any, alike: int = 1) -> Kept:
+    def put(self, values: Any, alike: int = 1) -> Waiting:
         """Keep values until they are taken.
 
         Parameters
@@ -138,27 +138,27 @@ class Spill:
         nbytes = _bytes(tensors)
         if nbytes <= self._free:
             self._free -= nbytes
-            return Kept(values, nbytes)
+            return Waiting(values, nbytes)
         for i in places:
             leaves[i] = None
-        return Kept(None, nbytes, self._write(tensors, nbytes, alike), leaves, spec, places)
+        return Waiting(None, nbytes, self._write(tensors, nbytes, alike), leaves, spec, places)
 
-    def take(self, kept: Kept) -> Any:
+    def take(self, waiting: Waiting) -> Any:
         """The values, which no longer wait here."""
-        if kept.path is None:
-            self._free += kept.nbytes
-            return kept.values
-        values = self._read(kept)
-        kept.path.unlink()
+        if waiting.path is None:
+            self._free += waiting.nbytes
+            return waiting.values
+        values = self._read(waiting)
+        waiting.path.unlink()
         return values
 
-    def peek(self, kept: Kept) -> Any:
+    def peek(self, waiting: Waiting) -> Any:
         """The values, to be looked at only; they go on waiting."""
-        return kept.values if kept.path is None else self._read(kept)
+        return waiting.values if waiting.path is None else self._read(waiting)
 
-    def copied(self, kept: Kept) -> Any:
+    def copied(self, waiting: Waiting) -> Any:
         """A copy of the values, which go on waiting."""
-        return copy.deepcopy(kept.values) if kept.path is None else self._read(kept)
+        return copy.deepcopy(waiting.values) if waiting.path is None else self._read(waiting)
 
     def _write(self, tensors: list[Tensor], nbytes: int, alike: int) -> Path:
         def save(path: Path) -> None:
@@ -187,12 +187,14 @@ class Spill:
             ) from error
         return path
 
-    def _read(self, kept: Kept) -> Any:
-        leaves = list(kept.leaves)
+    def _read(self, waiting: Waiting) -> Any:
+        leaves = list(waiting.leaves)
         # Strides, and storages that tensors share, come back as they were.
-        for i, tensor in zip(kept.places, torch.load(kept.path, weights_only=True), strict=True):
+        for i, tensor in zip(
+            waiting.places, torch.load(waiting.path, weights_only=True), strict=True
+        ):
             leaves[i] = tensor
-        return pytree.tree_unflatten(leaves, kept.spec)
+        return pytree.tree_unflatten(leaves, waiting.spec)
 
 
 def _usual(device: str) -> int:

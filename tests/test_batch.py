@@ -25,7 +25,7 @@ import slr_gpu
 from slr_gpu.batch import Outcome, Summary, read_jobs, work
 from slr_gpu.batch import jobs as job_files
 from slr_gpu.batch import run as runs
-from slr_gpu.batch.devices import Gpu, Meter, choose_device, free_bytes, list_gpus, needed_bytes
+from slr_gpu.batch.devices import Meter, choose_device, free_bytes, list_gpus, needed_bytes
 from slr_gpu.batch.work import Place
 from slr_gpu.cli import app
 from slr_gpu.errors import BackendError, InputError
@@ -322,9 +322,6 @@ class FakeNvml(SimpleNamespace):
     def nvmlDeviceGetUUID(self, handle):
         return f"GPU-{handle}".encode()
 
-    def nvmlDeviceGetName(self, handle):
-        return f"device {handle}"
-
     def nvmlDeviceGetMemoryInfo(self, handle):
         if handle == 1:
             raise self.NVMLError("not supported")
@@ -348,10 +345,10 @@ def nvml(monkeypatch):
 
 
 def test_gpus_that_nvml_tells_of(nvml, monkeypatch):
-    assert list_gpus() == [Gpu(f"GPU-{i}", f"device {i}") for i in range(3)]
-    assert [free_bytes(gpu.uuid) for gpu in list_gpus()] == [100, None, 102]
+    assert list_gpus() == [f"GPU-{i}" for i in range(3)]
+    assert [free_bytes(uuid) for uuid in list_gpus()] == [100, None, 102]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-0")
-    assert [gpu.uuid for gpu in list_gpus()] == ["GPU-2", "GPU-0"]
+    assert list_gpus() == ["GPU-2", "GPU-0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     with pytest.raises(BackendError, match="no such device"):
         list_gpus()

@@ -126,9 +126,9 @@ def test_little_stays_in_memory(tmp_path):
         frontier = Frontier(model, batches, names, spill)
         for name in names:
             for number, _ in frontier.inputs(name):
-                assert all(s.kept.values is None for s in frontier._states.values())
+                assert all(s.waiting.values is None for s in frontier._states.values())
                 assert not frontier._interpreter.env
-                leaves = frontier._states[number].kept.leaves
+                leaves = frontier._states[number].waiting.leaves
                 assert not any(isinstance(leaf, torch.Tensor) for leaf in leaves)
             assert len(list(tmp_path.glob("*/*"))) == len(batches)
 

@@ -1,6 +1,6 @@
 """The GPUs of this machine: which there are, what a job needs of one, what it used.
 
-In: NVML through pynvml (extras ``cuda12`` and ``cuda13``). Out: `Gpu` records, free bytes, an
+In: NVML through pynvml (extras ``cuda12`` and ``cuda13``). Out: their UUIDs, free bytes, an
 estimate for a prepared model, energy and peak memory. What a device does not tell is None.
 """
 
@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BackendError, complain
@@ -24,21 +23,6 @@ CONTEXT_BYTES = 2**29
 SAMPLED_S = 0.2
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One device.
-
-    Attributes
-    ----------
-    uuid : str
-        By which it is made the only one that a worker sees: NVML and CUDA count differently.
-    name : str
-    """
-
-    uuid: str
-    name: str
-
-
 @contextmanager
 def _nvml() -> Iterator[Any]:
     import pynvml
@@ -50,10 +34,11 @@ def _nvml() -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
-def list_gpus() -> list[Gpu]:
-    """The devices that NVML tells of, of those in ``CUDA_VISIBLE_DEVICES`` where it is set.
+def list_gpus() -> list[str]:
+    """UUIDs of the devices of NVML, of those in ``CUDA_VISIBLE_DEVICES`` where it is set.
 
-    Numbers in it are taken as nvidia-smi counts.
+    By its UUID one is made the only one that a worker sees, as NVML and CUDA count differently;
+    numbers in that variable are taken as nvidia-smi counts.
 
     Raises
     ------
@@ -74,10 +59,7 @@ def list_gpus() -> list[Gpu]:
                     for entry in map(str.strip, visible.split(","))
                     if entry and entry != "-1"
                 ]
-            found = [
-                Gpu(_text(nvml.nvmlDeviceGetUUID(h)), _text(nvml.nvmlDeviceGetName(h)))
-                for h in handles
-            ]
+            found = [_text(nvml.nvmlDeviceGetUUID(h)) for h in handles]
     except (ImportError, pynvml_error()) as error:
         raise _no_gpus(f"{type(error).__name__}: {error}") from error
     if not found:

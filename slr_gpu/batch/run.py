@@ -146,7 +146,7 @@ def _places(device: str, workers: int | None) -> tuple[list[Place], str]:
     count = len(gpus) or workers or 1
     somewhere, threads = Path(), max(1, cpus // count)
     if gpus:
-        return [Place(somewhere, somewhere, "cuda", g.uuid, threads) for g in gpus], note
+        return [Place(somewhere, somewhere, "cuda", uuid, threads) for uuid in gpus], note
     return [Place(somewhere, somewhere, threads=threads)] * count, note
 
 
