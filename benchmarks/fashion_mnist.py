@@ -79,7 +79,9 @@ def main(
     refine: Annotated[
         bool, typer.Option("--refine", help="Then train all layers together.")
     ] = False,
-    refine_epochs: Annotated[int | None, typer.Option(help="So long; see Refinement.")] = None,
+    refine_epochs: Annotated[
+        int | None, typer.Option(help="The same in so many passes over the data.")
+    ] = None,
     images: Annotated[int, typer.Option(help="Calibration images.")] = 3000,
     samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
     form: Annotated[str, typer.Option(help="Form of the layers.")] = "auto",
