@@ -8,6 +8,8 @@ table and as JSON. Test images are used for nothing else.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import resource
 import tempfile
@@ -20,7 +22,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import slr_gpu
 from benchmarks.data import calibration_images, compare, fashion_mnist, predict, to_inputs
@@ -120,18 +121,26 @@ def main(
     logits = predict(original, inputs, batch_size=50)
     before = compare(logits, logits, labels)
     runs: list[Run] = []
-    for name in allocation:
+
+    @functools.cache
+    def analysis(name: str) -> slr_gpu.Analysis:
         began = time.perf_counter()
-        analysis = slr_gpu.analyze(original, calibration, allocation=name, cache=cache, **settings)
+        found = slr_gpu.analyze(original, calibration, allocation=name, cache=cache, **settings)
         console.print(f"{name}: analysed in {time.perf_counter() - began:.0f} s")
-        for budget in budgets:
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense.onnx"
+        export_model(original, dense, (calibration[:1],))
+        for name, budget in itertools.product(allocation, budgets):
+            # A latency is met by measuring, so not from the analysis alone.
+            plan = None if "latency" in budget else analysis(name).allocate(budget)
             began = time.perf_counter()
-            if "latency" in budget:  # is met by measuring, so not from the analysis alone
+            if plan is None:
                 result = slr_gpu.compress(
                     original, calibration, budget, allocation=name, refine=refinement, **settings
                 )
             else:
-                plan = analysis.allocate(budget)
                 result = slr_gpu.apply(original, calibration, plan, refine=refinement)
             seconds = time.perf_counter() - began
             after = compare(logits, predict(result.model, inputs, batch_size=50), labels)
@@ -150,7 +159,7 @@ def main(
                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                     result.report.refinement,
                     result.report.latency,
-                    _speed(original, result, calibration[:1], runtime),
+                    _speed(dense, result, calibration[:1], runtime),
                 )
             )
             if verbose:
@@ -174,13 +183,12 @@ def main(
 
 
 def _speed(
-    original: nn.Module, result: slr_gpu.Result, example: torch.Tensor, runtimes: list[str]
+    dense: Path, result: slr_gpu.Result, example: torch.Tensor, runtimes: list[str]
 ) -> dict[str, dict[str, Any]]:
     """Latency of the exported model beside the dense one's, by runtime."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{name}.onnx" for name in ("dense", "compressed")}
-        export_model(original, files["dense"], (example,))
+        files = {"dense": dense, "compressed": Path(folder) / "compressed.onnx"}
         for name in runtimes:
             result.export(files["compressed"], runtime=name)
             timed = slr_gpu.bench(files, (example,), runtimes=[name], threads=1)
