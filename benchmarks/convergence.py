@@ -269,7 +269,7 @@ def report(
             console.print(f"{label} against {rival}: {text}", highlight=False)
 
 
-def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Loss against seconds, both axes logarithmic."""
     from matplotlib.figure import Figure
 
@@ -282,6 +282,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         if record["refitted"]:
             again = record["refitted"]
             panel.plot(again["seconds"], again["loss"], "*", color=f"C{index}", markersize=12)
+    panel.set_title(title)
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xlabel("seconds (stars: ADMM after a refit)")

@@ -251,7 +251,8 @@ def convergence_command(
         summary = convergence.summarize(records)
         store.summarize(summary)
         convergence.report(records, summary, s.console)
-        convergence.plot(records, s.picture("convergence"))
+        title = f"{layer}, {keep:.0%} of its weights kept"
+        convergence.plot(records, title, s.picture("convergence"))
 
 
 if __name__ == "__main__":
