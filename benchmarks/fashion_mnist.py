@@ -27,7 +27,7 @@ import slr_gpu
 from benchmarks.data import calibration_images, compare, fashion_mnist, predict, to_inputs
 from benchmarks.models import load_weights
 from benchmarks.train_fashion_mnist import find_factory
-from slr_gpu.cli_inputs import make_refinement, parse_keep
+from slr_gpu.cli_inputs import Refine, RefineEpochs, make_refinement, parse_keep
 from slr_gpu.export import export_model
 
 app = typer.Typer(add_completion=False)
@@ -77,12 +77,8 @@ def main(
     allocation: Annotated[
         list[str], typer.Option(help="uniform, pca_energy, response or output; repeat to compare.")
     ] = ["output"],
-    refine: Annotated[
-        bool, typer.Option("--refine", help="Then train all layers together.")
-    ] = False,
-    refine_epochs: Annotated[
-        int | None, typer.Option(help="The same in so many passes over the data.")
-    ] = None,
+    refine: Refine = False,
+    refine_epochs: RefineEpochs = None,
     images: Annotated[int, typer.Option(help="Calibration images.")] = 3000,
     samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
     form: Annotated[str, typer.Option(help="Form of the layers.")] = "auto",
@@ -185,19 +181,18 @@ def main(
 def _speed(
     dense: Path, result: slr_gpu.Result, example: torch.Tensor, runtimes: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Latency of the exported model beside the dense one's, by runtime."""
+    """Latency beside the dense model's of the compressed one, exported next to it, by runtime."""
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {"dense": dense, "compressed": Path(folder) / "compressed.onnx"}
-        for name in runtimes:
-            result.export(files["compressed"], runtime=name)
-            timed = slr_gpu.bench(files, (example,), runtimes=[name], threads=1)
-            rows = {row["model"]: row for row in timed.as_dict()["latencies"]}
-            found[name] = {
-                "dense_s": rows["dense"]["median_s"],
-                "compressed_s": rows["compressed"]["median_s"],
-                "speedup": rows["compressed"]["speedup"],
-            }
+    files = {"dense": dense, "compressed": dense.with_name("compressed.onnx")}
+    for name in runtimes:
+        result.export(files["compressed"], runtime=name)
+        timed = slr_gpu.bench(files, (example,), runtimes=[name], threads=1)
+        rows = {row["model"]: row for row in timed.as_dict()["latencies"]}
+        found[name] = {
+            "dense_s": rows["dense"]["median_s"],
+            "compressed_s": rows["compressed"]["median_s"],
+            "speedup": rows["compressed"]["speedup"],
+        }
     return found
 
 

@@ -29,7 +29,7 @@ from torch import nn
 
 import slr_gpu
 from benchmarks.vgg_layers import default_cache
-from slr_gpu.cli_inputs import make_solver, parse_keep
+from slr_gpu.cli_inputs import Refine, make_solver, parse_keep
 
 app = typer.Typer(add_completion=False)
 
@@ -115,7 +115,7 @@ def main(
         "whitened-svd",
         "weight-svd",
     ],
-    refine: Annotated[bool, typer.Option("--refine", help="Then train all layers.")] = False,
+    refine: Refine = False,
     texts: Annotated[int, typer.Option(help="Calibration sentences, at most.")] = 1000,
     threads: int = 2,
     out: Annotated[Path | None, typer.Option(help="Where to write the results (JSON).")] = None,

@@ -18,6 +18,8 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from .cli_inputs import (
+    Refine,
+    RefineEpochs,
     calibration_data,
     clear_errors,
     import_object,
@@ -92,10 +94,6 @@ _SpillDir = Annotated[
 _MemoryLimit = Annotated[
     str | None, typer.Option(help="Of data and waiting activations in memory, e.g. 2GiB.")
 ]
-_Refine = Annotated[bool, typer.Option("--refine", help="Then train all layers together.")]
-_RefineEpochs = Annotated[
-    int | None, typer.Option(help="The same in so many passes over the data.")
-]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was cut short.")]
 _Export = Annotated[
     list[str], typer.Option(help="Also write this .onnx or .pt2 file into the folder.")
@@ -125,8 +123,8 @@ def compress(
     keep_ends: _KeepEnds = True,
     asymmetric: _Asymmetric = True,
     seed: _Seed = 0,
-    refine: _Refine = False,
-    refine_epochs: _RefineEpochs = None,
+    refine: Refine = False,
+    refine_epochs: RefineEpochs = None,
     resume: _Resume = False,
     device: _Device = "cpu",
     spill_dir: _SpillDir = None,
@@ -251,8 +249,8 @@ def apply(
     out: _Out,
     weights: _Weights = None,
     loss: _Loss = "auto",
-    refine: _Refine = False,
-    refine_epochs: _RefineEpochs = None,
+    refine: Refine = False,
+    refine_epochs: RefineEpochs = None,
     resume: _Resume = False,
     device: _Device = "cpu",
     spill_dir: _SpillDir = None,

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -76,6 +76,11 @@ def make_solver(name: str) -> Any:
             complain(f"--solver {name}", f"one of {', '.join(SOLVERS)}", "Check the name.")
         )
     return SOLVERS[name]()
+
+
+# The options that it is made of, the same wherever a program has them.
+Refine = Annotated[bool, typer.Option("--refine", help="Then train all layers together.")]
+RefineEpochs = Annotated[int | None, typer.Option(help="The same in so many passes over the data.")]
 
 
 def make_refinement(refine: bool, epochs: int | None) -> Any:
