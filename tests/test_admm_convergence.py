@@ -112,7 +112,8 @@ def spectral_radius(problem, run):
         parts = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         moved = {n: getattr(solution, n) + part for n, part in zip(names, parts, strict=True)}
         loss, RtX, R_mean = problem.sweep(moved["M"], moved["bias"], convex=True)
-        new = run.step(problem, replace(solution, loss=loss, RtX=RtX, R_mean=R_mean, **moved))
+        moved |= {"loss": loss, "RtX": RtX, "R_mean": R_mean, "MG": moved["M"] @ problem.G}
+        new = run.step(problem, replace(solution, **moved))
         return np.concatenate([getattr(new, name).ravel() for name in names])
 
     change = 1e-6 * np.eye(ends[-1])

@@ -199,7 +199,8 @@ class ADMM(Solver):
         loss, RtX, R_mean = problem.sweep(problem.W, problem.bias, convex=convex)
         at_zero = problem.objective(xp.zeros_like(problem.W), problem.bias, convex=convex)
         curvature = 2 * activation.curvature / problem.rows
-        gradient = curvature * math.sqrt(float(xp.mean((problem.W @ problem.G) ** 2)))
+        WG = problem.W @ problem.G
+        gradient = curvature * math.sqrt(float(xp.mean(WG**2)))
         setting = Setting(
             sparse,
             low_rank,
@@ -217,7 +218,8 @@ class ADMM(Solver):
             t = share * curvature * float(xp.trace(problem.G)) / problem.width
         zero = xp.zeros_like(problem.W)
         dual = -2 / problem.rows * RtX
-        return ADMMState(setting, zero, zero, problem.W, problem.bias, dual, t, loss, RtX, R_mean)
+        swept = (loss, RtX, R_mean, WG)
+        return ADMMState(setting, zero, zero, problem.W, problem.bias, dual, t, *swept)
 
     def step(self, problem: ResponseProblem, state: ADMMState) -> ADMMState:
         """One iteration of Algorithm 1, or of its convergent extension."""

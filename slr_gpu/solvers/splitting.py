@@ -74,7 +74,8 @@ READ = (
 
 @dataclass(frozen=True, eq=False)
 class ADMMState:
-    """One iterate, evaluated: the sweep at (M, bias) is part of it.
+    """One iterate, evaluated: the sweep at (M, bias) is part of it, and MG = M G where M-steps
+    are those of the majoriser.
 
     Its numbers (`READ`) are scalars on the device.
     """
@@ -89,6 +90,7 @@ class ADMMState:
     loss: float | Array = math.inf
     RtX: Array = None
     R_mean: Array = None
+    MG: Array = None
     objective: float | Array = math.inf
     primal_residual: float | Array = math.inf
     dual_residual: float | Array = math.inf
@@ -137,7 +139,7 @@ def measured(
     gradient = -2 / problem.rows * new.RtX
     curvature = 2 * problem.activation.curvature
     if majorized:
-        metric = curvature / problem.rows * xp.sum((move_M @ problem.G) * move_M)
+        metric = curvature / problem.rows * xp.sum((new.MG - old.MG) * move_M)
     else:
         metric = setting.lipschitz * norm(ops, move_M) ** 2
     lyapunov = (
@@ -220,14 +222,17 @@ def weight_step(
     # y is the extrapolated point, at which the sweep is known.
     M, beta = state.M, state.bias + state.M @ problem.x_mean
     y, y_beta, RtX, R_mean, loss = M, beta, state.RtX, state.R_mean, state.loss
+    MG = state.MG
     theta = 1.0
     for remaining in range(inner - 1, -1, -1):
         if majorize:
-            rhs = 2 * c / P * (y @ problem.G) + 2 / P * RtX + t * goal
+            rhs = 2 * c / P * MG + 2 / P * RtX + t * goal
             new_M = solve_both(problem.ops, factor[1], rhs.T).T
+            # What was solved, 2c/P M G + t M = rhs, tells M G without the product.
+            MG = P / (2 * c) * (rhs - t * new_M)
         else:
             L = state.setting.lipschitz
-            new_M = (L * y + 2 / P * RtX + t * goal) / (L + t)
+            new_M, MG = (L * y + 2 / P * RtX + t * goal) / (L + t), None
         new_beta = y_beta + R_mean / c
         momentum = 0.0
         if remaining and not majorize:
@@ -239,7 +244,7 @@ def weight_step(
             y, y_beta - y @ problem.x_mean, convex=state.setting.convex
         )
     bias = beta - M @ problem.x_mean
-    return replace(state, M=M, bias=bias, loss=loss, RtX=RtX, R_mean=R_mean, factor=factor)
+    return replace(state, M=M, bias=bias, loss=loss, RtX=RtX, R_mean=R_mean, MG=MG, factor=factor)
 
 
 def allowed_groups(
