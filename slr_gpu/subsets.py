@@ -102,8 +102,14 @@ class GramSubsets:
         return correlation, blocks
 
     def sparse_part(self, support: Support) -> Array:
-        """A of `weight`, (n, |S|)."""
-        return self.weight(support)[:, support.columns]
+        """A of `weight`, (n, |S|), where T is exact.
+
+        ``(rhs_s - U Uᵀ T_c G_cs) G_ss⁻¹`` with ``T_c G_cs = rhs_s - T_s G_ss``: nothing outside S
+        is looked at.
+        """
+        U, solved = support.U, support.solved
+        alone = self.problem.ops.solve_triangular(solved.L, solved.half, transposed=True).T
+        return alone - U @ (U.T @ (alone - self.target[:, support.columns]))
 
     def weight(self, support: Support) -> Array:
         """The weight (n, m) of a support: ``U Uᵀ T`` outside it, the best A on it."""
@@ -116,8 +122,8 @@ class GramSubsets:
 
     def inverse_blocks(self, support: Support) -> Array:
         """``(G_ss⁻¹)_gg`` for the groups of S, (|S| / size, size, size)."""
-        xp, L = self.problem.ops.xp, support.solved.L
-        return _blocks(xp, self.problem.ops.solve_triangular(L, xp.eye(len(L))), self.size)
+        ops = self.problem.ops
+        return _blocks(ops.xp, ops.triangular_inverse(support.solved.L), self.size)
 
 
 class RowSubsets:

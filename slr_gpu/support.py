@@ -76,6 +76,8 @@ class SupportSearch:
         xp = self.problem.ops.xp
         columns = (groups[:, None] * self.size + xp.arange(self.size)[None]).reshape(-1)
         solved = self.subsets.solve(columns)
+        if not k:
+            return Support(groups, columns, solved.left, solved.rest[:, :0], solved)
         values, vectors = xp.linalg.eigh(solved.rest)
         values = values[::-1][:k].clip(min=0)
         # Directions in which nothing is left are noise.

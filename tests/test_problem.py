@@ -192,3 +192,13 @@ def test_triangular_solves_in_tiles(size, transposed):
     assert np.abs(residual).max(initial=0) <= bound
     wanted = scipy.linalg.solve_triangular(L, rhs, lower=True, trans=int(transposed))
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [0, 1, 128, 129, 512, 700, 1300])
+def test_the_inverse_of_a_triangular_matrix(size):
+    rng = np.random.default_rng(size)
+    L = np.tril(rng.standard_normal((size, size)), -1) / 40 + np.diag(rng.uniform(1, 2, size))
+    found = NumpyOps().triangular_inverse(L)
+    wanted = scipy.linalg.solve_triangular(L, np.eye(size), lower=True)
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+    assert not np.triu(found, 1).any()

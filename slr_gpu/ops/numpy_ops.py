@@ -20,6 +20,7 @@ Array = Any
 
 PIECE = 32_768  # elements whose intermediate results stay in a core's cache
 TILE = 128  # rows of a triangular matrix that are solved for at once
+WIDE = 512  # columns of its inverse
 
 
 class NumpyOps:
@@ -93,6 +94,22 @@ class NumpyOps:
                 left = rhs[tile] - L[tile, :start] @ solution[:start]
                 solution[tile] = inverse @ left
         return solution
+
+    def triangular_inverse(self, L: Array) -> Array:
+        """``L⁻¹`` (m, m) of a lower triangular matrix, in m³/3 operations.
+
+        The solve with an identity would take m³: it does not know where the zeros are.
+        """
+        xp, size = self.xp, len(L)
+        inverse = xp.zeros_like(L)
+        for start in range(0, size, TILE):
+            tile = slice(start, min(start + TILE, size))
+            inverse[tile, tile] = corner = xp.linalg.inv(L[tile, tile])
+            left = corner @ L[tile, :start]
+            for first in range(0, start, WIDE):
+                part = slice(first, min(first + WIDE, start))
+                inverse[tile, part] = -(left[:, first:] @ inverse[first:start, part])
+        return inverse
 
     def column_shrink(
         self,

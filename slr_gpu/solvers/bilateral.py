@@ -118,8 +118,8 @@ def stiffness(problem: ResponseProblem) -> Array:
     it, ``1 / (G^-1)_jj``, the saliency of optimal brain surgery. Only some of them can: this is
     the geometric mean.
     """
-    xp, L = problem.ops.xp, problem.metric.L
-    inverse = problem.ops.solve_triangular(L, xp.eye(len(L)))
+    xp = problem.ops.xp
+    inverse = problem.ops.triangular_inverse(problem.metric.L)
     return xp.sqrt(xp.diagonal(problem.G) / xp.einsum("ij,ij->j", inverse, inverse))
 
 
