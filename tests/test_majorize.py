@@ -211,6 +211,29 @@ def test_gains_and_costs_are_those_of_one_exchange(size):
         assert cost == pytest.approx(without.error - support.error, rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_costs_beside_low_rank_are_those_at_fixed_columns_of_U(size):
+    """Least squares on augmented rows, of what U does not reach, with and without each group."""
+    problem = random_problem(5, 12, 80, "identity", 10, ridge=1e-2)
+    search = SupportSearch(problem, size)
+    support = search.evaluate(np.array([0, 2, 3]), 2)
+    assert support.U.shape == (5, 2)
+    rest = np.eye(5) - support.U @ support.U.T
+
+    def error(groups):
+        """Z = X Wᵀ + b here, so rows and ridge together ask for X Aᵀ = X Wᵀ and A = W."""
+        (gram,) = problem.sum_over_rows(lambda X, Y, Z: (X.T @ X,), wants="X")
+        rows = np.linalg.cholesky(gram + problem.rho * np.eye(12)).T
+        columns = (groups[:, None] * size + np.arange(size)).ravel()
+        wanted = rows @ (rest @ problem.W).T
+        found = np.linalg.lstsq(rows[:, columns], wanted, rcond=None)[0]
+        return np.sum((wanted - rows[:, columns] @ found) ** 2)
+
+    for i, cost in enumerate(search.costs(support)):
+        more = error(np.delete(support.groups, i)) - error(support.groups)
+        assert cost == pytest.approx(more, rel=1e-6)
+
+
 def rotated_result(dtype=np.float64):
     rng = np.random.default_rng(11)
     X = rng.normal(size=(80, 15)).astype(dtype)
