@@ -182,7 +182,7 @@ def plot(label: str, result: dict[str, dict[str, Any]], path: Path) -> None:
     upper.bar(list(rows), [100 * row["B"] for row in rows.values()], bottom=A, label="B = U V")
     upper.set_ylabel("weights of the layer kept (%)")
     upper.set_title(label)
-    upper.legend(loc="lower left")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     lower.plot(list(rows), [row["drop"] for row in rows.values()], "ko-")
     lower.set_ylabel("accuracy lost (points),\nthis layer alone")
     lower.tick_params(axis="x", rotation=60)
