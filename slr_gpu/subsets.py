@@ -3,7 +3,7 @@
 In: a `ResponseProblem` and columns. Out: the matrices from which `slr_gpu.support` scores groups of
 columns, with T = rhs G⁻¹ the unrestricted minimiser and H the Schur complement of S,
 
-    T_c H T_cᵀ ,    T_c H ,    the blocks H_gg ,    A on S beside U Uᵀ T_c ,    (G_ss⁻¹)_gg ,
+    T_c H T_cᵀ ,    T_c H ,    the blocks H_gg ,    A on S alone ,    (G_ss⁻¹)_gg ,
 
 in one of the two forms that a problem has (`slr_gpu.metric`). From G, nothing larger than S is
 factorised:
@@ -101,15 +101,10 @@ class GramSubsets:
             blocks = blocks - _blocks(xp, cross, self.size)
         return correlation, blocks
 
-    def sparse_part(self, support: Support) -> Array:
-        """A of `weight`, (n, |S|), where T is exact.
-
-        ``(rhs_s - U Uᵀ T_c G_cs) G_ss⁻¹`` with ``T_c G_cs = rhs_s - T_s G_ss``: nothing outside S
-        is looked at.
-        """
-        U, solved = support.U, support.solved
-        alone = self.problem.ops.solve_triangular(solved.L, solved.half, transposed=True).T
-        return alone - U @ (U.T @ (alone - self.target[:, support.columns]))
+    def alone(self, support: Support) -> Array:
+        """The best A on S without U V, (n, |S|); beside it A differs in what U reaches."""
+        solved = support.solved
+        return self.problem.ops.solve_triangular(solved.L, solved.half, transposed=True).T
 
     def weight(self, support: Support) -> Array:
         """The weight (n, m) of a support: ``U Uᵀ T`` outside it, the best A on it."""
@@ -160,19 +155,20 @@ class RowSubsets:
         blocks = problem.rho * (xp.eye(self.size) + self._products(L, self.X))
         return correlation, blocks
 
-    def sparse_part(self, support: Support) -> Array:
+    def alone(self, support: Support) -> Array:
+        solved, columns = support.solved, support.columns
+        B = self.problem.ops.solve_triangular(solved.L, solved.half, transposed=True)
+        return self.W[:, columns] + B.astype(self.X.dtype).T @ self.X[:, columns]
+
+    def weight(self, support: Support) -> Array:
         ops, dtype = self.problem.ops, self.X.dtype
-        m, U = self.problem.width, support.U.astype(dtype)
-        X, T = self.X[:, support.columns], self.F[:, support.columns]
+        m, columns, U = self.problem.width, support.columns, support.U.astype(dtype)
+        M = U @ (U.T @ self.F[:, :m])
+        X, T = self.X[:, columns], self.F[:, columns]
         outside = self.F[:, m:].T - X @ T.T
         outside = outside - (outside @ U) @ U.T
         B = solve_both(ops, support.solved.L, outside.astype("float64"))
-        return T + B.astype(dtype).T @ X
-
-    def weight(self, support: Support) -> Array:
-        U = support.U.astype(self.X.dtype)
-        M = U @ (U.T @ self.F[:, : self.problem.width])
-        M[:, support.columns] = self.sparse_part(support)
+        M[:, columns] = T + B.astype(dtype).T @ X
         return M
 
     def inverse_blocks(self, support: Support) -> Array:

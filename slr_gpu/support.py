@@ -102,7 +102,7 @@ class SupportSearch:
 
     def costs(self, support: Support) -> Array:
         """What dropping each group of the support would cost at fixed U."""
-        A = self.subsets.sparse_part(support)
+        A = self.subsets.alone(support)
         A = A - support.U @ (support.U.T @ A)
         return self._energy(A, self.subsets.inverse_blocks(support))
 

@@ -218,14 +218,13 @@ def test_costs_beside_low_rank_are_those_at_fixed_columns_of_U(size):
     search = SupportSearch(problem, size)
     support = search.evaluate(np.array([0, 2, 3]), 2)
     assert support.U.shape == (5, 2)
-    rest = np.eye(5) - support.U @ support.U.T
+    # Z = X Wᵀ + b here, so rows and ridge together ask for X Aᵀ = X Wᵀ and A = W.
+    (gram,) = problem.sum_over_rows(lambda X, Y, Z: (X.T @ X,), wants="X")
+    rows = np.linalg.cholesky(gram + problem.rho * np.eye(12)).T
+    wanted = rows @ ((np.eye(5) - support.U @ support.U.T) @ problem.W).T
 
     def error(groups):
-        """Z = X Wᵀ + b here, so rows and ridge together ask for X Aᵀ = X Wᵀ and A = W."""
-        (gram,) = problem.sum_over_rows(lambda X, Y, Z: (X.T @ X,), wants="X")
-        rows = np.linalg.cholesky(gram + problem.rho * np.eye(12)).T
         columns = (groups[:, None] * size + np.arange(size)).ravel()
-        wanted = rows @ (rest @ problem.W).T
         found = np.linalg.lstsq(rows[:, columns], wanted, rcond=None)[0]
         return np.sum((wanted - rows[:, columns] @ found) ** 2)
 
