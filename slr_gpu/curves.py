@@ -16,10 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .basis import linear_fit, refined, rotated
 from .decomposition import Structure
 from .errors import BudgetError, complain
 from .layer_budget import LayerBudget, largest_basis
-from .problem import ResponseProblem, ordered_metric
+from .problem import ResponseProblem
 from .streamed import ESTIMATE_ROWS
 from .support import SupportSearch, group_size
 
@@ -51,36 +52,6 @@ class Candidate:
     error: float
     problem: ResponseProblem
     support: Array | None = None
-
-
-def rotation(problem: ResponseProblem, weight: Array) -> Array:
-    """An orthogonal basis (groups, groups) of the input channels, by what a weight responds to.
-
-    The rows span, for every r, the best r-dimensional input projection of the weight over
-    channels in the metric of the channel Gram (taps averaged): with C = R Rᵀ the mean over taps
-    of G's channel blocks and W (n * taps, c), the leading right singular vectors of W R, brought
-    back by R^-T and orthonormalised in order.
-    """
-    xp = problem.ops.xp
-    c, taps = problem.groups, problem.taps
-    R = xp.linalg.cholesky(problem.channel_gram)
-    over_channels = weight.reshape(-1, c, taps).transpose(0, 2, 1).reshape(-1, c)
-    weighted = over_channels @ R
-    right = xp.linalg.eigh(weighted.T @ weighted)[1][:, ::-1]
-    rows = problem.ops.solve_triangular(R, right, transposed=True)  # columns: R^-T v
-    Q = xp.linalg.qr(rows)[0]
-    Q = Q * xp.sign(Q[xp.argmax(xp.abs(Q), axis=0), xp.arange(c)])
-    return Q.T
-
-
-def rotated(problem: ResponseProblem, rows: int) -> ResponseProblem:
-    """The problem in its best basis of so many rows.
-
-    The original weight chooses the rows; within them the regression of the wanted responses on
-    the actual inputs, which differs when a compressed prefix distorts these, sets the order.
-    """
-    wide = problem.in_basis(rotation(problem, problem.W)[:rows])
-    return wide.in_basis(rotation(wide, wide.target))
 
 
 class RotatedCurve:
@@ -245,7 +216,7 @@ def _promising(
 def held_out_error(candidate: Candidate) -> float:
     """Held-out error, after the activation, of a candidate's closed form."""
     problem = candidate.problem
-    _, M = _closed_form(problem, candidate.structure, candidate.support)
+    _, M = linear_fit(problem, candidate.structure, candidate.support)
     return float(problem.held_out_error(M, problem.linear_bias(M)))
 
 
@@ -265,10 +236,10 @@ def _rotated(
     if not largest:
         return []
     # The best r is mostly far below the largest: look there first, it costs a quarter.
-    rows = largest if largest < 16 else largest // 2
-    curve = RotatedCurve(rotated(problem, rows))
+    curve = RotatedCurve(rotated(problem, largest // 2))
     ranked = curve.best(budget, **splits)
-    if not ranked or ranked[0][1].r > 0.9 * rows:
+    rows = curve.problem.groups
+    if rows < largest and (not ranked or ranked[0][1].r > 0.9 * rows):
         curve = RotatedCurve(rotated(problem, largest))
         ranked = curve.best(budget, **splits)
     chosen = ranked[:1]
@@ -276,7 +247,13 @@ def _rotated(
     chosen += [pair for pair in ranked if pair[1].k == 0][:1]
     unique = dict((pair[1], pair) for pair in chosen).values()
     close = [pair for pair in unique if pair[0] <= 1.1 * ranked[0][0]]
-    return [refine_basis(curve.problem, structure) for _, structure in close]
+    return [refined_candidate(curve.problem, structure) for _, structure in close]
+
+
+def refined_candidate(ordered: ResponseProblem, structure: Structure) -> Candidate:
+    """A structure in the basis that suits it best, of a problem that is `rotated`."""
+    view, error = refined(ordered, structure)
+    return Candidate(structure, error, view)
 
 
 def _spatial(
@@ -288,77 +265,6 @@ def _spatial(
         replace(candidate, structure=replace(candidate.structure, form="spatial"))
         for candidate in found
     ]
-
-
-def refine_basis(problem: ResponseProblem, structure: Structure, *, rounds: int = 2) -> Candidate:
-    """Alternate between the closed form in a basis and the best basis for its factors.
-
-    For fixed factors M' = A + U V the basis P minimises ``||(M' (P ⊗ I) - T) L||^2``, a linear
-    least-squares problem in P (r, c), solved by conjugate gradients preconditioned by the
-    Kronecker product of ``M' M'ᵀ`` and the channel Gram.
-
-    Parameters
-    ----------
-    problem : ResponseProblem
-        In a basis wider than r, ordered; the new one is sought within it.
-    structure : Structure
-        Rotated.
-    """
-    xp = problem.ops.xp
-    view = problem.truncated(structure.r)
-    basis = xp.eye(structure.r, problem.groups)
-    error, M = _closed_form(view, structure)
-    for _ in range(rounds if structure.r < problem.groups else 0):
-        trial_basis = _best_basis(problem, M.reshape(problem.n, structure.r, -1), basis)
-        trial = problem.in_basis(trial_basis)
-        trial_error, trial_M = _closed_form(trial, structure)
-        if trial_error >= error:
-            break
-        view, basis, error, M = trial, trial_basis, trial_error, trial_M
-    return Candidate(structure, error, view)
-
-
-def _closed_form(
-    problem: ResponseProblem, structure: Structure, support: Array | None = None
-) -> tuple[float, Array]:
-    """Relative linear error and weight of the closed form."""
-    metric, kept = ordered_metric(problem, structure, support)
-    F, M, _ = metric.project(metric.target(problem), kept, structure.k, vectors=False)
-    return metric.missed(problem, F) / max(problem.linear_energy, 1e-30), M
-
-
-def _best_basis(problem: ResponseProblem, M: Array, basis: Array, steps: int = 5) -> Array:
-    """Orthonormal rows spanning the best basis for the factors M (n, r, taps), near `basis`."""
-    xp = problem.ops.xp
-    n, r, taps = M.shape
-
-    def expand(P):
-        return xp.einsum("nrt,rc->nct", M, P, optimize=True).reshape(n, -1)
-
-    def contract(N):
-        return xp.einsum("nrt,nct->rc", M, N.reshape(n, -1, taps), optimize=True)
-
-    factors = xp.einsum("nrt,nst->rs", M, M, optimize=True)
-    factors = factors + (1e-6 * xp.trace(factors) / r + 1e-30) * xp.eye(r)
-
-    def precondition(residual):
-        return xp.linalg.solve(problem.channel_gram, xp.linalg.solve(factors, residual).T).T
-
-    metric = problem.metric
-    residual = contract(metric.lacking(problem, expand(basis)))
-    direction = scaled = precondition(residual)
-    power = xp.sum(residual * scaled)
-    for _ in range(steps):
-        if not power > 0:  # the basis is exact already
-            break
-        moved = contract(metric.product(problem, expand(direction)))
-        step = power / xp.sum(direction * moved)
-        basis, residual = basis + step * direction, residual - step * moved
-        scaled = precondition(residual)
-        previous, power = power, xp.sum(residual * scaled)
-        direction = scaled + power / previous * direction
-    # Rows in order: A on the first s absorbs what orthogonalisation mixes into the later ones.
-    return xp.linalg.qr(basis.T)[0].T
 
 
 def _supported(
@@ -386,7 +292,7 @@ def _supported(
         best = structures[min(errors, key=errors.get)]
         columns = search.evaluate(shrunk[best.s], best.k).columns
         # The search has seen few of the rows.
-        return [Candidate(best, _closed_form(problem, best, columns)[0], problem, columns)]
+        return [Candidate(best, linear_fit(problem, best, columns)[0], problem, columns)]
     tried = [
         (search.starts(s, structure.k, 2, shrunk[s])[0].error, s)
         for s, structure in structures.items()

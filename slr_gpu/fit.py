@@ -13,7 +13,8 @@ import numbers
 from typing import Any
 
 from . import activations
-from .curves import Candidate, refine_basis, rotated
+from .basis import rotated
+from .curves import Candidate, refined_candidate
 from .decomposition import Decomposition, Structure, grouping
 from .errors import InputError, complain
 from .layer_budget import LayerBudget, check_form
@@ -287,7 +288,7 @@ def _sized(
     if basis_rows is not None:
         structure = Structure(form, channels or 0, rank, basis_rows)
         problem = problem.regrouped() if form == "spatial" else problem
-        return refine_basis(rotated(problem, min(2 * basis_rows, problem.channels)), structure)
+        return refined_candidate(rotated(problem, 2 * basis_rows), structure)
     structure = Structure(form, (channels if channels is not None else columns) or 0, rank)
     support, error = select_support(problem, structure)
     return Candidate(structure, error / max(problem.linear_energy, 1e-30), problem, support)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,18 @@ class Metric:
     """
 
     def __init__(self, ops: NumpyOps, G: Array, order: Array | None = None) -> None:
-        self.ops, self.order = ops, order
-        self.L = ops.xp.linalg.cholesky(G if order is None else G[order][:, order])
+        self.ops, self.order, self._G = ops, order, G
+
+    @cached_property
+    def L(self) -> Array:
+        """The factor, made when a point is first asked for."""
+        G = self._G if self.order is None else self._G[self.order][:, self.order]
+        return self.ops.xp.linalg.cholesky(G)
 
     def leading(self, width: int) -> Metric:
         """The metric of the first columns: the leading block of L."""
         other = copy.copy(self)
-        other.L = self.L[:width, :width]
+        other.L, other._G = self.L[:width, :width], None
         return other
 
     def whiten(self, rhs: Array) -> Array:
@@ -138,11 +144,21 @@ class Metric:
 
     def product(self, problem: ResponseProblem, N: Array) -> Array:
         """``N G``."""
-        return N @ problem.G
+        return N @ problem.scatter + problem.rho * N
 
-    def lacking(self, problem: ResponseProblem, M: Array) -> Array:
-        """``(T - M) G`` for the minimiser T of the linear problem."""
-        return problem.start_rhs - M @ problem.G
+    def lacking(self, problem: ResponseProblem, N: Array, view: ResponseProblem, M: Array) -> Array:
+        """``(T - N) G`` (n, m) for the minimiser T of the linear problem.
+
+        Parameters
+        ----------
+        N : array, (n, m)
+            A weight.
+        view : ResponseProblem
+            The problem in a basis, with `across`.
+        M : array
+            The same weight in that basis.
+        """
+        return problem.start_correlation - M @ view.across + problem.rho * (problem.W - N)
 
 
 class Explained:
@@ -275,10 +291,9 @@ class RowMetric:
         N = N.astype(self.X.dtype, copy=False)
         return (N @ self.X.T) @ self.X + self.rho * N
 
-    def lacking(self, problem: ResponseProblem, M: Array) -> Array:
-        M = M.astype(self.X.dtype, copy=False)
-        R = problem.centred_responses - self.X @ M.T
-        return R.astype(self.X.dtype).T @ self.X + self.rho * (problem.W - M)
+    def lacking(self, problem: ResponseProblem, N: Array, view: ResponseProblem, M: Array) -> Array:
+        R = problem.centred_responses - view.samples.X @ M.astype(self.X.dtype, copy=False).T
+        return R.astype(self.X.dtype).T @ self.X + self.rho * (problem.W - N)
 
 
 class RowExplained:

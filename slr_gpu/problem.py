@@ -55,6 +55,7 @@ MOST_ROWS = 2048
 # Cached attributes that belong to one choice of coordinates and rows.
 _COORDINATES = (
     "scatter",
+    "across",
     "G",
     "metric",
     "channel_scatter",
@@ -516,7 +517,7 @@ class ResponseProblem:
 
     # -- coordinates -----------------------------------------------------------------------------
 
-    def in_basis(self, basis: Array) -> ResponseProblem:
+    def in_basis(self, basis: Array, *, keep_across: bool = False) -> ResponseProblem:
         """The same problem in the coordinates X' = X Eᵀ (DESIGN 2).
 
         Parameters
@@ -524,6 +525,8 @@ class ResponseProblem:
         basis : array, (r, groups)
             Orthonormal rows, so that the ridge stays a multiple of the identity. Applied after
             the basis that the problem already has.
+        keep_across : bool
+            Keep ``E Xcᵀ Xc`` (r taps, m), which `Metric.lacking` reads, as `across`.
         """
         other = self._without(*_COORDINATES)
 
@@ -536,8 +539,11 @@ class ResponseProblem:
         other.held = self.held.turned(basis, self.taps)
         other.by_rows = self.by_rows and other.width > other.rows
         if "scatter" in self.__dict__:
-            other.scatter = turned(turned(self.scatter).T)
+            across = turned(self.scatter).T
+            other.scatter = turned(across)
             other.start_correlation = turned(self.start_correlation)
+            if keep_across:
+                other.across = across
         return other
 
     def regrouped(self) -> ResponseProblem:

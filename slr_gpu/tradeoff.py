@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy
 
-from .curves import rotated
+from .basis import rotated
 from .decomposition import Structure
 from .layer_budget import LayerBudget
 from .problem import ResponseProblem, metric_of

@@ -97,7 +97,8 @@ def test_scores_of_supports_are_those_of_the_gram_matrix(by_rows, size):
 
 
 def test_curves_are_those_of_the_gram_matrix(by_rows):
-    from slr_gpu.curves import RotatedCurve, rotated
+    from slr_gpu.basis import rotated
+    from slr_gpu.curves import RotatedCurve
 
     direct, rows = (RotatedCurve(rotated(p, 25)) for p in both(by_rows, layer(), ridge=1e-3))
     for r, s, k in ((25, 0, 3), (25, 7, 4), (25, 25, 0), (5, 2, 1), (1, 0, 1), (9, 9, 0)):
@@ -149,6 +150,8 @@ def test_fits_reach_the_objective_of_the_gram_matrix(
     by_rows()
     rows = slr_gpu.fit(layer_io, solver=solver, **asked)
     assert rows.structure == direct.structure
+    # Of rounding in the slopes, quasi-Newton steps of a basis make a little more.
+    rel *= 4 if "basis_rows" in asked else 1
     assert rows.error == pytest.approx(direct.error, rel=rel)
     assert rows.held_out_error == pytest.approx(direct.held_out_error, rel=rel)
     if direct.history:

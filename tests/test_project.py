@@ -35,6 +35,7 @@ ORDER = [
     "problem",
     "subsets",
     "support",
+    "basis",
     "curves",
     "tradeoff",
     "knapsack",

@@ -1,0 +1,202 @@
+"""The input basis of the rotated form: which mixtures of input channels a layer reads (DESIGN 2).
+
+In: a `ResponseProblem`. Out: the same problem in coordinates X' = X (P ⊗ I)ᵀ, P (r, channels) with
+orthonormal rows. `rotated` orders all directions at once, from the weight in the metric of the
+channel Gram; `refined` then moves the chosen ones to where the structure that is to live in them
+loses least,
+
+    min_P  e(P) ,   e(P) = min_{A, U, V} ||(A + U V)(P ⊗ I) - T||_G^2 ,
+
+by variable projection: the inner minimum is a closed form, and at it the derivative of e is the
+partial derivative in P alone (Golub and Pereyra 1973).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from .decomposition import Structure
+from .problem import ResponseProblem, ordered_metric
+
+Array = Any
+
+# Up to so many columns no row of a basis is left out of a search to save time.
+CHEAP = 1152
+# Halvings of a step that does not lower the error.
+HALVINGS = 3
+
+
+def rotation(problem: ResponseProblem, weight: Array) -> Array:
+    """An orthogonal basis (groups, groups) of the input channels, by what a weight responds to.
+
+    The rows span, for every r, the best r-dimensional input projection of the weight over
+    channels in the metric of the channel Gram (taps averaged): with C = R Rᵀ the mean over taps
+    of G's channel blocks and W (n * taps, c), the leading right singular vectors of W R, brought
+    back by R^-T and orthonormalised in order.
+    """
+    xp = problem.ops.xp
+    c, taps = problem.groups, problem.taps
+    R = xp.linalg.cholesky(problem.channel_gram)
+    over_channels = weight.reshape(-1, c, taps).transpose(0, 2, 1).reshape(-1, c)
+    weighted = over_channels @ R
+    right = xp.linalg.eigh(weighted.T @ weighted)[1][:, ::-1]
+    rows = problem.ops.solve_triangular(R, right, transposed=True)  # columns: R^-T v
+    Q = xp.linalg.qr(rows)[0]
+    Q = Q * xp.sign(Q[xp.argmax(xp.abs(Q), axis=0), xp.arange(c)])
+    return Q.T
+
+
+def rotated(problem: ResponseProblem, rows: int) -> ResponseProblem:
+    """The problem in its best basis of so many rows, or more where they cost little.
+
+    The original weight chooses the rows; within them the regression of the wanted responses on
+    the actual inputs, which differs when a compressed prefix distorts these, sets the order.
+    """
+    rows = min(max(rows, CHEAP // problem.taps), problem.groups)
+    wide = problem.in_basis(rotation(problem, problem.W)[:rows])
+    return wide.in_basis(rotation(wide, wide.target))
+
+
+def linear_fit(
+    problem: ResponseProblem, structure: Structure, support: Array | None = None
+) -> tuple[float, Array]:
+    """Relative linear error and weight (n, m) of a structure's closed form."""
+    metric, kept = ordered_metric(problem, structure, support)
+    F, M, _ = metric.project(metric.target(problem), kept, structure.k, vectors=False)
+    return metric.missed(problem, F) / max(problem.linear_energy, 1e-30), M
+
+
+def refined(
+    problem: ResponseProblem,
+    structure: Structure,
+    *,
+    iterations: int = 12,
+    tolerance: float = 1e-3,
+) -> tuple[ResponseProblem, float]:
+    """The problem in the basis, near its leading rows, that suits a structure best.
+
+    Quasi-Newton steps (BFGS with a memory of one pair, Nocedal and Wright 2006, section 7.2) on
+    e(P). The inverse Hessian they start from is that of the fit of P to the factors M' found:
+    the Kronecker product of ``(M' M'ᵀ)⁻¹`` over the rows and the inverse channel Gram.
+
+    Parameters
+    ----------
+    problem : ResponseProblem
+        `rotated`; the new basis is sought within its rows.
+    structure : Structure
+        Rotated or spatial.
+    iterations : int
+        At most this many.
+    tolerance : float
+        Stop when an iteration lowers the error by less than this fraction. A rise of the held-out
+        error ends it, too, and is not kept.
+
+    Returns
+    -------
+    problem : ResponseProblem
+        In a basis of r rows.
+    error : float
+        Linear error there, relative to the energy of the centred responses.
+    """
+    xp = problem.ops.xp
+    best = now = _Point(problem, xp.eye(structure.r, problem.groups), structure)
+    last = None  # the last change of the basis and of the gradient, in the rows of now
+    for _ in range(iterations if structure.r < problem.groups else 0):
+        slope = _Slope(problem, now)
+        if last is not None:
+            change, before = last
+            last = slope.pair(change, slope.gradient - before)
+        direction = slope.newton(last) if last else slope.steepest()
+        if direction is None:  # the basis is exact already
+            break
+        for _ in range(HALVINGS):
+            # Rows in order: A on the first s absorbs what this mixes into the later ones.
+            Q, R = xp.linalg.qr((now.basis + direction).T)
+            new = _Point(problem, Q.T, structure)
+            if new.error < now.error:
+                break
+            direction = direction / 2
+        else:
+            if last is None:
+                break
+            last = None  # what was learned of the curvature misleads
+            continue
+        gained = now.error - new.error
+        now = new
+        # The new rows are R^-T (P + change): changes follow them, gradients their inverse.
+        last = xp.linalg.solve(R.T, direction), R @ slope.gradient
+        if now.held_out_error >= best.held_out_error:  # false without held-out rows
+            break
+        best = now
+        if gained <= tolerance * now.error:
+            break
+    best.view.__dict__.pop("across", None)  # as large as G, and read no more
+    return best.view, best.error
+
+
+class _Point:
+    """The closed form in one basis."""
+
+    def __init__(self, problem: ResponseProblem, basis: Array, structure: Structure) -> None:
+        self.basis, self.view = basis, problem.in_basis(basis, keep_across=True)
+        self.error, self.M = linear_fit(self.view, structure)
+
+    @cached_property
+    def held_out_error(self) -> float:
+        return float(self.view.held_out_error(self.M, self.view.linear_bias(self.M)))
+
+
+class _Slope:
+    """Half the gradient of e at a point, of basis P (r, c) and best factors M (n, r, taps)."""
+
+    def __init__(self, problem: ResponseProblem, point: _Point) -> None:
+        self.problem, self.xp = problem, problem.ops.xp
+        r = len(point.basis)
+        self.M = M = point.M.reshape(problem.n, r, -1)
+        factors = self.xp.einsum("nrt,nst->rs", M, M, optimize=True)
+        weak = 1e-6 * self.xp.trace(factors) / r + 1e-30
+        self.factors = factors + weak * self.xp.eye(r)
+        full = self._expand(point.basis)
+        lacking = problem.metric.lacking(problem, full, point.view, point.M)
+        self.gradient = -self._contract(lacking)
+
+    def _expand(self, P: Array) -> Array:
+        """``M (P ⊗ I)`` (n, m)."""
+        product = self.xp.einsum("nrt,rc->nct", self.M, P, optimize=True)
+        return product.reshape(len(self.M), -1)
+
+    def _contract(self, N: Array) -> Array:
+        """The adjoint of `_expand`."""
+        taps = self.M.shape[2]
+        N = N.reshape(len(self.M), -1, taps)
+        return self.xp.einsum("nrt,nct->rc", self.M, N, optimize=True)
+
+    def _scaled(self, covector: Array) -> Array:
+        solve = self.xp.linalg.solve
+        return solve(self.problem.channel_gram, solve(self.factors, covector).T).T
+
+    def steepest(self) -> Array | None:
+        """Down the scaled gradient, twice as far as would be best for these very factors.
+
+        They give way, so e is flatter. None where there is no slope.
+        """
+        direction = -self._scaled(self.gradient)
+        fall = -(self.gradient * direction).sum()
+        moved = self._expand(direction)
+        bend = (self.problem.metric.product(self.problem, moved) * moved).sum()
+        return 2 * fall / bend * direction if fall > 0 and bend > 0 else None
+
+    def pair(self, change: Array, bent: Array) -> tuple[Array, Array] | None:
+        """A change of P and of the gradient as a pair of BFGS; None where e bends down."""
+        return (change, bent) if (change * bent).sum() > 0 else None
+
+    def newton(self, pair: tuple[Array, Array]) -> Array:
+        """Minus the inverse Hessian, by the scaled one and one pair, times the gradient."""
+        change, bent = pair
+        curvature = (change * bent).sum()
+        share = (change * self.gradient).sum() / curvature
+        length = curvature / (bent * self._scaled(bent)).sum()
+        direction = length * self._scaled(self.gradient - share * bent)
+        direction = direction + (share - (bent * direction).sum() / curvature) * change
+        return -direction
