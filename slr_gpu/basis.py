@@ -104,10 +104,7 @@ def refined(
     last = None  # the last change of the basis and of the gradient, in the rows of now
     for _ in range(iterations if structure.r < problem.groups else 0):
         slope = _Slope(problem, now)
-        if last is not None:
-            change, before = last
-            last = slope.pair(change, slope.gradient - before)
-        direction = slope.newton(last) if last else slope.steepest()
+        direction = slope.direction(last)
         if direction is None:  # the basis is exact already
             break
         for _ in range(HALVINGS):
@@ -176,10 +173,25 @@ class _Slope:
         solve = self.xp.linalg.solve
         return solve(self.problem.channel_gram, solve(self.factors, covector).T).T
 
-    def steepest(self) -> Array | None:
+    def direction(self, last: tuple[Array, Array] | None) -> Array | None:
+        """Where to go from here, as far as a parabola would; None where there is no slope.
+
+        Parameters
+        ----------
+        last : (change, gradient) or None
+            What led here and the gradient where it began. Not read where e bends down.
+        """
+        if last is not None:
+            change, bent = last[0], self.gradient - last[1]
+            curvature = (change * bent).sum()
+            if curvature > 0:
+                return self._newton(change, bent, curvature)
+        return self._steepest()
+
+    def _steepest(self) -> Array | None:
         """Down the scaled gradient, twice as far as would be best for these very factors.
 
-        They give way, so e is flatter. None where there is no slope.
+        They give way, so e is flatter.
         """
         direction = -self._scaled(self.gradient)
         fall = -(self.gradient * direction).sum()
@@ -187,14 +199,8 @@ class _Slope:
         bend = (self.problem.metric.product(self.problem, moved) * moved).sum()
         return 2 * fall / bend * direction if fall > 0 and bend > 0 else None
 
-    def pair(self, change: Array, bent: Array) -> tuple[Array, Array] | None:
-        """A change of P and of the gradient as a pair of BFGS; None where e bends down."""
-        return (change, bent) if (change * bent).sum() > 0 else None
-
-    def newton(self, pair: tuple[Array, Array]) -> Array:
+    def _newton(self, change: Array, bent: Array, curvature: Array) -> Array:
         """Minus the inverse Hessian, by the scaled one and one pair, times the gradient."""
-        change, bent = pair
-        curvature = (change * bent).sum()
         share = (change * self.gradient).sum() / curvature
         length = curvature / (bent * self._scaled(bent)).sum()
         direction = length * self._scaled(self.gradient - share * bent)
