@@ -538,7 +538,7 @@ class ResponseProblem:
         other.samples = self.samples.turned(basis, self.taps)
         other.held = self.held.turned(basis, self.taps)
         other.by_rows = self.by_rows and other.width > other.rows
-        if "scatter" in self.__dict__:
+        if "scatter" in self.__dict__ or (keep_across and not self.by_rows):
             across = turned(self.scatter).T
             other.scatter = turned(across)
             other.start_correlation = turned(self.start_correlation)

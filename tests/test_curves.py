@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from slr_gpu import BudgetError, LayerBudget, LayerIO, Structure
-from slr_gpu.basis import refined, rotated
-from slr_gpu.curves import RotatedCurve, candidates
+from slr_gpu.basis import _Point, _Slope, linear_fit, refined, rotated
+from slr_gpu.curves import Candidate, RotatedCurve, candidates, held_out_error
 from slr_gpu.layer_budget import largest_basis
 from slr_gpu.ops import NumpyOps
 from slr_gpu.problem import ResponseProblem
@@ -23,7 +23,7 @@ def conv_problem(seed=0, n=10, c=8, taps=4, rows=400, latent=5, **settings):
     W = rng.normal(size=(n, c * taps))
     noisy = X + 0.05 * rng.normal(size=X.shape)
     io = LayerIO(W, rng.normal(size=n), noisy, kernel_size=(taps,), linear_targets=X @ W.T)
-    return ResponseProblem(io, ops=NumpyOps(), held_out=0.0, **{"ridge": 1e-4, **settings})
+    return ResponseProblem(io, ops=NumpyOps(), **{"ridge": 1e-4, "held_out": 0.0, **settings})
 
 
 def linear_objective(problem, M):
@@ -98,6 +98,38 @@ def test_refined_basis_is_better_and_a_generic_optimiser_finds_no_better_one_nea
     assert least < 0.99 * start
     nearby = minimize(error, found.basis.ravel(), method="BFGS").fun
     assert least <= (1 + 1e-5) * nearby
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_slope_of_a_basis_is_that_of_finite_differences(by_rows):
+    problem = conv_problem(n=5, c=6, taps=3, rows=60, by_rows=by_rows)
+    structure, rng = Structure("rotated", 1, 2, 4), np.random.default_rng(3)
+    basis = np.linalg.qr(rng.normal(size=(6, 4)))[0].T
+    direction, length = rng.normal(size=(4, 6)), 1e-5
+
+    def loss(moved):
+        # Any rows with the same nested spans give the same loss: orthonormal ones, here.
+        view = problem.in_basis(np.linalg.qr(moved.T)[0].T)
+        return linear_fit(view, structure)[0] * problem.linear_energy
+
+    slope = _Slope(problem, _Point(problem, basis, structure)).gradient
+    ahead, behind = (loss(basis + sign * length * direction) for sign in (1, -1))
+    assert 2 * np.sum(slope * direction) == pytest.approx((ahead - behind) / (2 * length), rel=1e-5)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize(("rows", "helps"), [(70, False), (400, True)])
+def test_a_refined_basis_has_no_larger_held_out_error(rows, helps, by_rows):
+    settings = {"held_out": 0.3, "by_rows": by_rows}
+    problem = conv_problem(n=6, c=12, taps=3, rows=rows, latent=12, **settings)
+    ordered, structure = rotated(problem, 12), Structure("rotated", 2, 2, 6)
+    errors = []
+    for iterations in (0, 1, 50):
+        view, _ = refined(ordered, structure, iterations=iterations, tolerance=0.0)
+        errors.append(held_out_error(Candidate(structure, 0.0, view)))
+        assert "across" not in view.__dict__
+    assert errors[0] >= errors[1] >= errors[2]
+    assert (errors[0] > errors[2]) is helps
 
 
 @pytest.mark.parametrize("form", ["auto", "columns", "channels", "rotated"])
