@@ -137,7 +137,9 @@ class _Point:
 
     def __init__(self, problem: ResponseProblem, basis: Array, structure: Structure) -> None:
         self.basis, self.view = basis, problem.in_basis(basis, keep_across=True)
-        self.error, self.M = linear_fit(self.view, structure)
+        error, self.M = linear_fit(self.view, structure)
+        # Ranks differ in rounding, and must not in how often they sum over held-out rows.
+        self.error = problem.layer_io.group.broadcast(error)
 
     @cached_property
     def held_out_error(self) -> float:
