@@ -144,7 +144,8 @@ def test_kernels_train_with_their_channels_last_where_the_model_allows(
         laid.append(not all(p.is_contiguous() for p in self.parameters))
 
     monkeypatch.setattr(Trainer, "note", look)
-    run = {"allocation": "uniform", "progress": False}
+    # Not the form of single columns, whose gathers return the usual layout.
+    run = {"allocation": "uniform", "form": "rotated", "progress": False}
     settings = slr_gpu.Refinement(epochs=12, rate=3e-3, batch_size=20)
     found = slr_gpu.compress(make().eval(), data, {"flops": 0.4}, refine=settings, **run)
     assert laid == [last] * 12
