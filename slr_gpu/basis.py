@@ -53,7 +53,7 @@ def rotated(problem: ResponseProblem, rows: int) -> ResponseProblem:
     The original weight chooses the rows; within them the regression of the wanted responses on
     the actual inputs, which differs when a compressed prefix distorts these, sets the order.
     """
-    rows = min(max(rows, CHEAP // problem.taps), problem.groups)
+    rows = min(max(rows, CHEAP // problem.taps, 1), problem.groups)
     wide = problem.in_basis(rotation(problem, problem.W)[:rows])
     return wide.in_basis(rotation(wide, wide.target))
 

@@ -59,6 +59,8 @@ def test_no_row_is_left_out_where_all_cost_little(monkeypatch):
     monkeypatch.setattr("slr_gpu.basis.CHEAP", 20)
     assert rotated(conv_problem(), 3).groups == 5
     assert rotated(conv_problem(), 7).groups == 7
+    monkeypatch.setattr("slr_gpu.basis.CHEAP", 3)  # less than the taps of a channel
+    assert rotated(conv_problem(), 0).groups == 1
 
 
 def test_truncated_problem_is_the_problem_in_fewer_rows():
