@@ -18,6 +18,7 @@ from typing import Any
 
 from .decomposition import Structure
 from .problem import ResponseProblem, ordered_metric
+from .samples import to_basis
 
 Array = Any
 
@@ -128,7 +129,6 @@ def refined(
         best = now
         if gained <= tolerance * now.error:
             break
-    best.view.__dict__.pop("across", None)  # as large as G, and read no more
     return best.view, best.error
 
 
@@ -136,7 +136,8 @@ class _Point:
     """The closed form in one basis."""
 
     def __init__(self, problem: ResponseProblem, basis: Array, structure: Structure) -> None:
-        self.basis, self.view = basis, problem.in_basis(basis, keep_across=True)
+        self.basis, self.across = basis, problem.across(basis)
+        self.view = problem.in_basis(basis, self.across)
         error, self.M = linear_fit(self.view, structure)
         # Ranks differ in rounding, and must not in how often they sum over held-out rows.
         self.error = problem.layer_io.group.broadcast(error)
@@ -157,13 +158,13 @@ class _Slope:
         weak = 1e-6 * self.xp.trace(factors) / r + 1e-30
         self.factors = factors + weak * self.xp.eye(r)
         full = self._expand(point.basis)
-        lacking = problem.metric.lacking(problem, full, point.view, point.M)
+        lacking = problem.metric.lacking(problem, full, point.view, point.M, point.across)
         self.gradient = -self._contract(lacking)
 
     def _expand(self, P: Array) -> Array:
         """``M (P ⊗ I)`` (n, m)."""
-        product = self.xp.einsum("nrt,rc->nct", self.M, P, optimize=True)
-        return product.reshape(len(self.M), -1)
+        n, _, taps = self.M.shape
+        return to_basis(self.xp, self.M.reshape(n, -1).astype(P.dtype, copy=False), P.T, taps)
 
     def _contract(self, N: Array) -> Array:
         """The adjoint of `_expand`."""

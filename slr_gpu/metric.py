@@ -146,7 +146,14 @@ class Metric:
         """``N G``."""
         return N @ problem.scatter + problem.rho * N
 
-    def lacking(self, problem: ResponseProblem, N: Array, view: ResponseProblem, M: Array) -> Array:
+    def lacking(
+        self,
+        problem: ResponseProblem,
+        N: Array,
+        view: ResponseProblem,
+        M: Array,
+        across: Array | None,
+    ) -> Array:
         """``(T - N) G`` (n, m) for the minimiser T of the linear problem.
 
         Parameters
@@ -154,11 +161,13 @@ class Metric:
         N : array, (n, m)
             A weight.
         view : ResponseProblem
-            The problem in a basis, with `across`.
+            The problem in a basis.
         M : array
             The same weight in that basis.
+        across : array or None
+            `ResponseProblem.across` of that basis.
         """
-        return problem.start_correlation - M @ view.across + problem.rho * (problem.W - N)
+        return problem.start_correlation - M @ across + problem.rho * (problem.W - N)
 
 
 class Explained:
@@ -291,7 +300,14 @@ class RowMetric:
         N = N.astype(self.X.dtype, copy=False)
         return (N @ self.X.T) @ self.X + self.rho * N
 
-    def lacking(self, problem: ResponseProblem, N: Array, view: ResponseProblem, M: Array) -> Array:
+    def lacking(
+        self,
+        problem: ResponseProblem,
+        N: Array,
+        view: ResponseProblem,
+        M: Array,
+        across: Array | None,
+    ) -> Array:
         R = problem.centred_responses - view.samples.X @ M.astype(self.X.dtype, copy=False).T
         return R.astype(self.X.dtype).T @ self.X + self.rho * (problem.W - N)
 

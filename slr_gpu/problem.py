@@ -55,7 +55,6 @@ MOST_ROWS = 2048
 # Cached attributes that belong to one choice of coordinates and rows.
 _COORDINATES = (
     "scatter",
-    "across",
     "G",
     "metric",
     "channel_scatter",
@@ -517,7 +516,13 @@ class ResponseProblem:
 
     # -- coordinates -----------------------------------------------------------------------------
 
-    def in_basis(self, basis: Array, *, keep_across: bool = False) -> ResponseProblem:
+    def across(self, basis: Array) -> Array | None:
+        """``E Xcᵀ Xc`` (r taps, m) of a basis (r, groups); None by rows, where it is not formed."""
+        if self.by_rows:
+            return None
+        return to_basis(self.ops.xp, self.scatter, basis, self.taps).T
+
+    def in_basis(self, basis: Array, across: Array | None = None) -> ResponseProblem:
         """The same problem in the coordinates X' = X Eᵀ (DESIGN 2).
 
         Parameters
@@ -525,8 +530,8 @@ class ResponseProblem:
         basis : array, (r, groups)
             Orthonormal rows, so that the ridge stays a multiple of the identity. Applied after
             the basis that the problem already has.
-        keep_across : bool
-            Keep ``E Xcᵀ Xc`` (r taps, m), which `Metric.lacking` reads, as `across`.
+        across : array, optional
+            What `across` gives, where it is known.
         """
         other = self._without(*_COORDINATES)
 
@@ -538,12 +543,11 @@ class ResponseProblem:
         other.samples = self.samples.turned(basis, self.taps)
         other.held = self.held.turned(basis, self.taps)
         other.by_rows = self.by_rows and other.width > other.rows
-        if "scatter" in self.__dict__ or (keep_across and not self.by_rows):
+        if across is None and "scatter" in self.__dict__:
             across = turned(self.scatter).T
+        if across is not None:
             other.scatter = turned(across)
             other.start_correlation = turned(self.start_correlation)
-            if keep_across:
-                other.across = across
         return other
 
     def regrouped(self) -> ResponseProblem:
