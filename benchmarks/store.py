@@ -39,6 +39,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": platform.machine(),
         "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
 
