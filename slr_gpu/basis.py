@@ -38,7 +38,7 @@ def rotation(problem: ResponseProblem, weight: Array) -> Array:
     """
     xp = problem.ops.xp
     c, taps = problem.groups, problem.taps
-    R = xp.linalg.cholesky(problem.channel_gram)
+    R = problem.ops.cholesky(problem.channel_gram)
     over_channels = weight.reshape(-1, c, taps).transpose(0, 2, 1).reshape(-1, c)
     weighted = over_channels @ R
     right = xp.linalg.eigh(weighted.T @ weighted)[1][:, ::-1]
@@ -144,7 +144,7 @@ class _Point:
 
     @cached_property
     def held_out_error(self) -> float:
-        return float(self.view.held_out_error(self.M, self.view.linear_bias(self.M)))
+        return float(self.view.held_out_error(self.M))
 
 
 class _Slope:

@@ -208,7 +208,7 @@ def _promising(
         if structure is None:
             continue
         M = search.weight(search.grow(structure.s, structure.k, steps=1))
-        if problem.held_out_error(M, problem.linear_bias(M)) < SCREEN * to_beat:
+        if problem.held_out_error(M) < SCREEN * to_beat:
             promising.append(form)
     return promising
 
@@ -217,7 +217,7 @@ def held_out_error(candidate: Candidate) -> float:
     """Held-out error, after the activation, of a candidate's closed form."""
     problem = candidate.problem
     _, M = linear_fit(problem, candidate.structure, candidate.support)
-    return float(problem.held_out_error(M, problem.linear_bias(M)))
+    return float(problem.held_out_error(M))
 
 
 def _split(search: SupportSearch, budget: LayerBudget, form: str, share: float) -> Structure | None:

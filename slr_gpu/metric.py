@@ -47,8 +47,8 @@ class Metric:
     @cached_property
     def L(self) -> Array:
         """The factor, made when a point is first asked for."""
-        G = self._G if self.order is None else self._G[self.order][:, self.order]
-        return self.ops.xp.linalg.cholesky(G)
+        G = self._G if self.order is None else self._G[self.order].take(self.order, axis=1)
+        return self.ops.cholesky(G)
 
     def leading(self, width: int) -> Metric:
         """The metric of the first columns: the leading block of L."""
@@ -385,7 +385,7 @@ def factor(ops: NumpyOps, gram: Array, rho: float) -> Array:
     diagonal = ops.xp.arange(len(gram))
     system = gram.copy()
     system[diagonal, diagonal] += rho
-    return ops.xp.linalg.cholesky(system)
+    return ops.cholesky(system)
 
 
 def solve_both(ops: NumpyOps, L: Array, rhs: Array) -> Array:

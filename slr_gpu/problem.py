@@ -493,13 +493,14 @@ class ResponseProblem:
         """``||Y - r(Z)||^2 / ||Y||^2`` on the fitted rows."""
         return self.objective(M, bias) / self.target_energy
 
-    def held_out_error(self, M: Array, bias: Array) -> Array:
+    def held_out_error(self, M: Array, bias: Array | None = None) -> Array:
         """``||Y - r(Z)||^2 / ||Y||^2`` on the held-out rows, after the layer's own activation.
 
-        A scalar on the device, NaN without held-out rows.
+        A scalar on the device, NaN without held-out rows. The bias is `linear_bias` by default.
         """
         if not self.held.rows:
             return self.ops.xp.full((), float("nan"))
+        bias = self.linear_bias(M) if bias is None else bias
         Mt, b = M.astype(self.held.dtype, copy=False).T, self.centred_bias(M, bias)
         activation = self.layer_io.activation
 

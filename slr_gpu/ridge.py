@@ -68,7 +68,7 @@ def _low_rank_loss(problem: ResponseProblem, k: int, ridge: float) -> float:
     problem = problem.with_ridge(ridge)
     metric = problem.metric
     M = metric.project(metric.target(problem), 0, k, vectors=False)[1]
-    return float(problem.held_out_error(M, problem.linear_bias(M))) * problem.held_energy
+    return float(problem.held_out_error(M)) * problem.held_energy
 
 
 def _weight_svd_loss(problem: ResponseProblem, k: int) -> float:

@@ -85,7 +85,7 @@ class GramSubsets:
         rhs = self.rhs[:, columns]
         L, half, rest = xp.zeros((0, 0)), xp.zeros((0, len(rhs))), self.target_gram
         if len(columns):
-            L = xp.linalg.cholesky(self.G[columns][:, columns])
+            L = ops.cholesky(self.G[columns].take(columns, axis=1))
             half = ops.solve_triangular(L, rhs.T)
             rest = rest - half.T @ half
         return Solved(L, half, self.problem.linear_energy - float(xp.sum(half**2)), rest)

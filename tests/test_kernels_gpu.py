@@ -26,7 +26,7 @@ from slr_gpu.ops.numpy_ops import NumpyOps
 HOT = {"column_shrink", "svt", "masked_gradient"}
 TRANSFER = {"asarray", "to_numpy", "synchronize"}
 # What the library of the device does better than products alone.
-LIBRARY = {"solve_triangular"}
+LIBRARY = {"cholesky", "solve_triangular"}
 OVERRIDDEN = HOT | TRANSFER | LIBRARY
 
 

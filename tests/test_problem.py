@@ -180,6 +180,27 @@ def test_bad_settings_are_input_errors(bad):
         make(**bad)
 
 
+@pytest.mark.parametrize("size", [0, 1, 128, 129, 300, 1300])
+def test_cholesky_factors_by_halves(size):
+    X = np.random.default_rng(size).standard_normal((size, size))
+    A = X @ X.T + np.eye(size)
+    before = A.copy()
+    L = NumpyOps().cholesky(A)
+    assert not np.triu(L, 1).any() and (np.diagonal(L) > 0).all()
+    np.testing.assert_array_equal(A, before)
+    # The backward error of the factorisation (Higham 2002, theorem 10.3) holds entry by entry.
+    assert (np.abs(L @ L.T - A) <= 1e-15 * max(size, 4) * (np.abs(L) @ np.abs(L.T))).all()
+    np.testing.assert_allclose(L, np.linalg.cholesky(A), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("place", [0, 127, 128, 299])
+def test_what_is_not_positive_definite_has_no_factor(place):
+    A = np.eye(300)
+    A[place, place] = -1e-9
+    with pytest.raises(np.linalg.LinAlgError):
+        NumpyOps().cholesky(A)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 400])
 def test_triangular_solves_in_tiles(size, transposed):

@@ -98,6 +98,10 @@ class CupyOps(NumpyOps):
         with self.xp.cuda.Device(self._index):
             self.xp.cuda.get_current_stream().synchronize()
 
+    def cholesky(self, A: Array) -> Array:
+        """See `NumpyOps.cholesky`; from cuSOLVER."""
+        return self.xp.linalg.cholesky(A)
+
     def solve_triangular(self, L: Array, rhs: Array, *, transposed: bool = False) -> Array:
         """``L⁻¹ rhs``, or ``L⁻ᵀ rhs``, by the library."""
         solve = self.scipy.linalg.solve_triangular

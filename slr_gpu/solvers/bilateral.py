@@ -299,7 +299,7 @@ def smooth(
         t = FIRST * (LAST / FIRST) ** (step / max(steps - 1, 1))
         damped = problem.G.copy()
         damped[diagonal, diagonal] += t * D[0]
-        L = xp.linalg.cholesky(damped)
+        L = problem.ops.cholesky(damped)
         for i, (state, structure) in enumerate(zip(states, structures, strict=True)):
             wanted = M[i] + dual[i] / t
             rest = wanted - state.U @ state.V
@@ -315,7 +315,7 @@ def smooth(
                 state.V = (state.U.T @ scaled) / root
             both = state.M
             right = problem.start_rhs + (t * both - dual[i]) * D
-            M[i] = solve_both(problem.ops, L, right.T).T
+            M[i] = xp.ascontiguousarray(solve_both(problem.ops, L, right.T).T)
             dual[i] = dual[i] + t * (M[i] - both)
     for state in states:
         place_sparse(problem, state, state.S)

@@ -105,7 +105,7 @@ class ADMMState:
 
 def norm(ops: Any, *arrays: Array) -> Array:
     """Euclidean norm of several arrays taken as one vector; a scalar on the device."""
-    return ops.xp.sqrt(sum(ops.xp.sum(a * a) for a in arrays))
+    return ops.xp.sqrt(sum(ops.xp.vdot(a, a) for a in arrays))
 
 
 def measured(
@@ -130,25 +130,29 @@ def measured(
     usable = plausible(ops, new.M) & plausible(ops, new.dual) & plausible(ops, new.RtX)
     loss = xp.where(usable & xp.isfinite(new.loss), new.loss, math.inf)
     total = new.A + new.B
-    move_A, move_B, move_M = new.A - old.A, new.B - old.B, new.M - old.M
-    if proximal:
-        in_A, in_B = t * (move_M + move_A - move_B), t * (move_M + move_B - move_A)
-    else:
-        extra = (1 - relaxation) * (total - old.M)
-        in_A, in_B = t * (move_M - move_B + extra), t * (move_M + extra)
+    move_B, move_M = new.B - old.B, new.M - old.M
     gradient = -2 / problem.rows * new.RtX
-    curvature = 2 * problem.activation.curvature
-    if majorized:
-        metric = curvature / problem.rows * xp.sum((new.MG - old.MG) * move_M)
+    lyapunov = math.inf
+    if proximal:
+        move_A = new.A - old.A
+        in_A, in_B = t * (move_M + move_A - move_B), t * (move_M + move_B - move_A)
+        curvature = 2 * problem.activation.curvature
+        if majorized:
+            metric = curvature / problem.rows * xp.sum((new.MG - old.MG) * move_M)
+        else:
+            metric = setting.lipschitz * norm(ops, move_M) ** 2
+        lyapunov = (
+            t * norm(ops, move_A - move_B) ** 2
+            + t * norm(ops, move_M) ** 2
+            + metric
+            + curvature * norm(ops, new.bias - old.bias + move_M @ problem.x_mean) ** 2
+            + norm(ops, new.dual - old.dual) ** 2 / t
+        )
     else:
-        metric = setting.lipschitz * norm(ops, move_M) ** 2
-    lyapunov = (
-        t * norm(ops, move_A - move_B) ** 2
-        + t * norm(ops, move_M) ** 2
-        + metric
-        + curvature * norm(ops, new.bias - old.bias + move_M @ problem.x_mean) ** 2
-        + norm(ops, new.dual - old.dual) ** 2 / t
-    )
+        in_A, in_B = t * (move_M - move_B), t * move_M
+        if relaxation != 1:
+            extra = (1 - relaxation) * t * (total - old.M)
+            in_A, in_B = in_A + extra, in_B + extra
     objective = loss
     if setting.weights is not None:
         # No factorisation is asked to work on what is not finite.
@@ -217,8 +221,9 @@ def weight_step(
     c, P = problem.activation.curvature, problem.rows
     factor = state.factor
     if majorize and (factor is None or factor[0] is not t):
-        system = 2 * c / P * problem.G + t * xp.eye(problem.width)
-        factor = (t, xp.linalg.cholesky(system))
+        system = 2 * c / P * problem.G
+        system[xp.diag_indices(problem.width)] += t
+        factor = (t, problem.ops.cholesky(system))
     # y is the extrapolated point, at which the sweep is known.
     M, beta = state.M, state.bias + state.M @ problem.x_mean
     y, y_beta, RtX, R_mean, loss = M, beta, state.RtX, state.R_mean, state.loss
@@ -227,7 +232,8 @@ def weight_step(
     for remaining in range(inner - 1, -1, -1):
         if majorize:
             rhs = 2 * c / P * MG + 2 / P * RtX + t * goal
-            new_M = solve_both(problem.ops, factor[1], rhs.T).T
+            # In the order of the other arrays: sums of arrays of two orders are slow.
+            new_M = xp.ascontiguousarray(solve_both(problem.ops, factor[1], rhs.T).T)
             # What was solved, 2c/P M G + t M = rhs, tells M G without the product.
             MG = P / (2 * c) * (rhs - t * new_M)
         else:
