@@ -275,6 +275,7 @@ def test_a_bigger_model_measures_slower(tmp_path):
     stored = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert stored == json.loads(json.dumps(done.as_dict()))
     assert stored["environment"]["threads"] == stored["environment"]["torch_threads"] == 1
+    assert torch.backends.cpu.get_cpu_capability() in stored["environment"]["cpu"]
     assert stored["inputs"] == [{"name": "x", "shape": [1, 256], "dtype": "float32"}]
     assert all(row["layers"] and row["q1_s"] <= row["median_s"] for row in stored["latencies"])
     assert stored["headlines"][0]["speedup"]["low"] <= stored["headlines"][0]["speedup"]["ratio"]

@@ -116,6 +116,14 @@ def test_planted_seconds_are_found_again(prepared, analysis, clock, tmp_path):
     assert clock["calls"] > before + 4
 
 
+def test_timings_of_another_instruction_set_are_not_read(tmp_path, monkeypatch):
+    target = LatencyTarget(cache=tmp_path)
+    here = target.file("a layer")
+    # Virtual machines of one name differ in it.
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    assert target.file("a layer") != here
+
+
 @pytest.mark.parametrize("factor", [0.85, 1.0, 1.2])
 def test_plans_are_corrected_by_the_whole_model(prepared, analysis, clock, tmp_path, factor):
     target = LatencyTarget(cache=tmp_path)

@@ -219,14 +219,16 @@ def _environment(threads: int) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor as it calls itself."""
+    """The processor as it calls itself, with its vectors: virtual machines hide the rest."""
+    name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+                name = line.partition(":")[2].strip()
+                break
     except OSError:
         pass  # not Linux
-    return platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _evaluate(eval_fn: Callable[[Any], float], runner: Runner, model: str) -> float:
