@@ -193,6 +193,14 @@ def test_cholesky_factors_by_halves(size):
     np.testing.assert_allclose(L, np.linalg.cholesky(A), rtol=1e-7, atol=1e-9)
 
 
+def test_cholesky_of_columns_that_are_nearly_the_same():
+    X = np.random.default_rng(0).standard_normal((300, 400))
+    X[:, 1::2] = X[:, ::2] + 1e-6 * X[:, 1::2]
+    A = X.T @ X + 1e-9 * np.eye(400)
+    L = NumpyOps().cholesky(A)
+    assert (np.abs(L @ L.T - A) <= 1e-13 * (np.abs(L) @ np.abs(L.T))).all()
+
+
 @pytest.mark.parametrize("place", [0, 127, 128, 299])
 def test_what_is_not_positive_definite_has_no_factor(place):
     A = np.eye(300)
