@@ -118,7 +118,7 @@ def measured(
     relaxation: float,
     tolerance: float,
 ) -> ADMMState:
-    """The new iterate with its objective, residuals, tolerances and Lyapunov quantity.
+    """The new iterate with its objective, residuals and tolerances; proximal, its Lyapunov quantity.
 
     The loss of an iterate that is not `plausible` is infinite.
 
