@@ -259,12 +259,13 @@ def report(
                 f"best: {worst['best']})"
             )
     summary = summaries[0]
-    table = Table(title=f"error over that of {summary['reference']}, geometric mean")
-    table.add_column("contender")
-    table.add_column("ratio", justify="right")
-    for name, value in summary["mean_ratio"].items():
-        table.add_row(name, f"{value:.3f}")
-    console.print(table)
+    if summary["mean_ratio"]:
+        table = Table(title=f"error over that of {summary['reference']}, geometric mean")
+        table.add_column("contender")
+        table.add_column("ratio", justify="right")
+        for name, value in summary["mean_ratio"].items():
+            table.add_row(name, f"{value:.3f}")
+        console.print(table)
     for name, pair in summary["supports"].items():
         console.print(
             f"{name}: its own support against the greedy one, same sizes: error ratio "
