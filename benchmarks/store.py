@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from slr_gpu.runtime.measure import cpu_name
 from slr_gpu.storage import load_json, save_json
 
 
@@ -37,9 +37,8 @@ def key(*parts: Any) -> str:
 def machine() -> dict[str, Any]:
     """What a reader of timings must know."""
     return {
-        "processor": platform.machine(),
+        "processor": cpu_name(),
         "torch": torch.__version__,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
 

@@ -380,8 +380,8 @@ def spectrum(ops: NumpyOps, gram: Array) -> Array:
     return ops.to_numpy(ops.xp.linalg.eigvalsh(gram))[::-1].clip(min=0)
 
 
-def factor(ops: NumpyOps, gram: Array, rho: float) -> Array:
-    """Lower Cholesky factor of ``gram + rho I``."""
+def factor(ops: NumpyOps, gram: Array, rho: float | Array) -> Array:
+    """Lower Cholesky factor of ``gram + rho I``, or of ``gram + diag(rho)``."""
     diagonal = ops.xp.arange(len(gram))
     system = gram.copy()
     system[diagonal, diagonal] += rho

@@ -22,7 +22,7 @@ from typing import Any
 import numpy
 
 from ..decomposition import Structure
-from ..metric import solve_both
+from ..metric import factor, solve_both
 from ..problem import ResponseProblem
 
 Array = Any
@@ -292,14 +292,12 @@ def smooth(
     stiff = stiffness(problem) if stiff is None else stiff
     states = [empty_state(problem, structure, stiff) for structure in structures]
     D = xp.diagonal(problem.G)[None]
-    root, diagonal = xp.sqrt(D), xp.arange(problem.width)
+    root = xp.sqrt(D)
     M = [problem.target] * len(states)
     dual = [xp.zeros_like(problem.target)] * len(states)
     for step in range(steps):
         t = FIRST * (LAST / FIRST) ** (step / max(steps - 1, 1))
-        damped = problem.G.copy()
-        damped[diagonal, diagonal] += t * D[0]
-        L = problem.ops.cholesky(damped)
+        L = factor(problem.ops, problem.G, t * D[0])
         for i, (state, structure) in enumerate(zip(states, structures, strict=True)):
             wanted = M[i] + dual[i] / t
             rest = wanted - state.U @ state.V

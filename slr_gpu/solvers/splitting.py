@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..decomposition import Structure
-from ..metric import solve_both
+from ..metric import factor, solve_both
 from ..penalties import ColumnSparse, LowRank
 from ..problem import ResponseProblem
 
@@ -219,11 +219,9 @@ def weight_step(
     """
     xp, t = problem.ops.xp, state.t
     c, P = problem.activation.curvature, problem.rows
-    factor = state.factor
-    if majorize and (factor is None or factor[0] is not t):
-        system = 2 * c / P * problem.G
-        system[xp.diag_indices(problem.width)] += t
-        factor = (t, problem.ops.cholesky(system))
+    known = state.factor
+    if majorize and (known is None or known[0] is not t):
+        known = (t, factor(problem.ops, 2 * c / P * problem.G, t))
     # y is the extrapolated point, at which the sweep is known.
     M, beta = state.M, state.bias + state.M @ problem.x_mean
     y, y_beta, RtX, R_mean, loss = M, beta, state.RtX, state.R_mean, state.loss
@@ -233,7 +231,7 @@ def weight_step(
         if majorize:
             rhs = 2 * c / P * MG + 2 / P * RtX + t * goal
             # In the order of the other arrays: sums of arrays of two orders are slow.
-            new_M = xp.ascontiguousarray(solve_both(problem.ops, factor[1], rhs.T).T)
+            new_M = xp.ascontiguousarray(solve_both(problem.ops, known[1], rhs.T).T)
             # What was solved, 2c/P M G + t M = rhs, tells M G without the product.
             MG = P / (2 * c) * (rhs - t * new_M)
         else:
@@ -250,7 +248,7 @@ def weight_step(
             y, y_beta - y @ problem.x_mean, convex=state.setting.convex
         )
     bias = beta - M @ problem.x_mean
-    return replace(state, M=M, bias=bias, loss=loss, RtX=RtX, R_mean=R_mean, MG=MG, factor=factor)
+    return replace(state, M=M, bias=bias, loss=loss, RtX=RtX, R_mean=R_mean, MG=MG, factor=known)
 
 
 def allowed_groups(
