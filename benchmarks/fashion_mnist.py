@@ -29,6 +29,7 @@ from benchmarks.models import load_weights
 from benchmarks.train_fashion_mnist import find_factory
 from slr_gpu.cli_inputs import Refine, RefineEpochs, make_refinement, parse_keep
 from slr_gpu.export import export_model
+from slr_gpu.runtime.measure import cpu_name
 
 app = typer.Typer(add_completion=False)
 
@@ -169,7 +170,7 @@ def main(
                     "images": images,
                     "test_images": len(labels),
                     "threads": threads,
-                    "instructions": torch.backends.cpu.get_cpu_capability(),
+                    "processor": cpu_name(),
                 }
                 lines = [asdict(run) | settings | facts for run in runs]
                 out.write_text(json.dumps(lines, indent=2) + "\n")

@@ -226,6 +226,17 @@ class Decomposed(nn.Module):
     def dense(self) -> Tensor:
         raise NotImplementedError
 
+    def _response(self, x: Tensor) -> Tensor:
+        """Of parts that select whole channels of x, or single weights."""
+        parts = []
+        if self.rank:
+            parts.append(self.U(self.V(self.select_V(x))))
+        if self.kept:
+            parts.append(self.A(self.select_A(x)))
+        if self.entries:
+            parts.append(self.A(x))
+        return _sum(parts)
+
     def _joined(self, width: int, rest: int) -> Tensor:
         """``A + U V`` (n, width) from factors with `rest` trailing numbers a column."""
         n = len(self.bias)
@@ -363,24 +374,17 @@ class _SLRConvNd(Decomposed):
             self.V = _SparseKernelConv(rest, shape, settings)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's own layers call it
-        x, parts = input, []
-        if self.form == "columns":
-            if any(self.pad):
-                mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-                x = F.pad(x, self.pad, mode=mode)
-            if self.rank:
-                parts.append(self.U(self.V(x)))
-            if self.kept:
-                parts.append(self.A(self.gather(x)))
-            return _sum(parts)
-        if self.basis_rows is not None:
-            x = self.basis(x)
+        x = input
+        if self.form != "columns":
+            return self._response(x if self.basis_rows is None else self.basis(x))
+        if any(self.pad):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self.pad, mode=mode)
+        parts = []
         if self.rank:
-            parts.append(self.U(self.V(self.select_V(x))))
+            parts.append(self.U(self.V(x)))
         if self.kept:
-            parts.append(self.A(self.select_A(x)))
-        if self.entries:
-            parts.append(self.A(x))
+            parts.append(self.A(self.gather(x)))
         return _sum(parts)
 
     @property
@@ -510,14 +514,7 @@ class SLRLinear(Decomposed):
             self.U = nn.Linear(rank, out_features)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's own layers call it
-        x, parts = input, []
-        if self.rank:
-            parts.append(self.U(self.V(self.select_V(x))))
-        if self.kept:
-            parts.append(self.A(self.select_A(x)))
-        if self.entries:
-            parts.append(self.A(x))
-        return _sum(parts)
+        return self._response(input)
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
