@@ -26,10 +26,10 @@ from rich.table import Table
 import slr_gpu
 from benchmarks.data import calibration_images, compare, fashion_mnist, predict, to_inputs
 from benchmarks.models import load_weights
+from benchmarks.store import machine
 from benchmarks.train_fashion_mnist import find_factory
 from slr_gpu.cli_inputs import Refine, RefineEpochs, make_refinement, parse_keep
 from slr_gpu.export import export_model
-from slr_gpu.runtime.measure import cpu_name
 
 app = typer.Typer(add_completion=False)
 
@@ -169,8 +169,7 @@ def main(
                     "model": model,
                     "images": images,
                     "test_images": len(labels),
-                    "threads": threads,
-                    "processor": cpu_name(),
+                    **machine(),
                 }
                 lines = [asdict(run) | settings | facts for run in runs]
                 out.write_text(json.dumps(lines, indent=2) + "\n")

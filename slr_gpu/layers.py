@@ -374,13 +374,12 @@ class _SLRConvNd(Decomposed):
             self.V = _SparseKernelConv(rest, shape, settings)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's own layers call it
-        x = input
         if self.form != "columns":
-            return self._response(x if self.basis_rows is None else self.basis(x))
+            return self._response(input if self.basis_rows is None else self.basis(input))
+        x, parts = input, []
         if any(self.pad):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self.pad, mode=mode)
-        parts = []
         if self.rank:
             parts.append(self.U(self.V(x)))
         if self.kept:
