@@ -6,9 +6,10 @@ every layer so that
 
     sum_l loss_l(error_l(x_l))  is least,  with  sum_l cost_l(x_l) <= budget  for every resource.
 
-Of all choices whose sum is within 8 % of the least, the one of the least work is taken
-(`LayerCost.work`), since runtimes also spend time on reading and writing the maps between the parts
-of a layer; not for a latency budget, which has that in its costs.
+Where FLOPs are asked for, since time is meant, the choice of the least work (`LayerCost.work`) is
+taken of all whose sum is within 8 % of the least: runtimes also spend time on reading and writing
+the maps between the parts of a layer. A latency budget has that in its costs, and one of parameters
+does not ask for it.
 
 For `response` the loss is the error of the layer's response itself. For `output` it is
 sqrt(error * effect), where the effect on the model's output is a power law between the measured
@@ -219,7 +220,7 @@ class Analysis:
         left = remaining(keep, costs, self.totals)
         limits = np.array([left[name] for name in resources])
         chosen = choose([o.losses for o in options], [o.costs for o in options], limits)
-        if chosen is not None and "latency" not in keep:
+        if chosen is not None and "flops" in keep and "latency" not in keep:
             chosen = _plainer(options, limits, chosen)
         if chosen is None:
             raise InputError(

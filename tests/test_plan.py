@@ -250,6 +250,17 @@ def test_of_plans_alike_the_one_of_less_work(analysis, monkeypatch):
     assert max(saved) > 0.005
 
 
+@pytest.mark.parametrize("fraction", [0.15, 0.25, 0.35])
+def test_parameters_alone_are_spent_on_the_least_loss(analysis, monkeypatch, fraction):
+    plan = analysis.allocate({"params": fraction})
+    # FLOPs that nobody could run out of change what is asked, not what can be had.
+    rival = analysis.allocate({"params": fraction, "flops": 1.0})
+    loss, other = (sum(layer.loss for layer in p.layers) for p in (plan, rival))
+    assert loss <= other * (1 + 1e-9)
+    monkeypatch.setattr("slr_gpu.analysis._plainer", None)
+    assert analysis.allocate({"params": fraction}).as_dict() == plan.as_dict()
+
+
 def test_unreachable_budgets_name_the_smallest(model, data, analysis):
     with pytest.raises(slr_gpu.BudgetError, match="at least 0") as caught:
         analysis.allocate({"flops": 0.001})
