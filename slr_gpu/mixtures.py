@@ -50,7 +50,7 @@ def answer_of(model: nn.Module, batch: Batch, late: list[str]) -> Answer:
 class Mixtures:
     """Calibration samples and mixtures of them, each with what the original returns for it.
 
-    There are `copies` sets of batches, the first without mixtures, then sums and, where there are
+    Batches come in `sets`, the first without mixtures, then sums and, where there are
     images, boxes by turns; an epoch goes through one of them. Samples are shuffled across batches
     where all have one shape; else batches are. Data that is read anew in every pass goes through in
     parts that fit the limit, each shuffled in itself.
@@ -60,7 +60,7 @@ class Mixtures:
         self,
         original: nn.Module,
         batches: Batches,
-        copies: int,
+        sets: int,
         batch_size: int,
         seed: int = 0,
         late: list[str] | None = None,
@@ -73,7 +73,7 @@ class Mixtures:
         named = any(layout.names for layout in batches.layouts)
         self.joins = len(batches.layouts) == 1 and None not in layout.shapes and not named
         mixes = all(isinstance(i, Tensor) and i.is_floating_point() for i in batches.first)
-        self.copies = copies if mixes and not named else 1
+        self.sets = sets if mixes and not named else 1
         # Neighbouring batches, as many each; of one part there are up to four copies in memory.
         count = math.ceil(4 * batches.nbytes / max(limit, 1))
         count = 1 if batches.held else min(len(batches), count)
@@ -94,12 +94,12 @@ class Mixtures:
 
     def of_epoch(self, epoch: int) -> Iterator[tuple[Batch, Answer]]:
         """Batches of an epoch with the original's answers; the same whenever they are asked for."""
-        copy = epoch % self.copies
-        shuffle, mixing = self._generator(self.copies + epoch), self._generator(copy)
+        turn = epoch % self.sets
+        shuffle, mixing = self._generator(self.sets + epoch), self._generator(turn)
         for place, part in enumerate(self.parts):
-            batches = self._of_copy(copy, part, mixing)
+            batches = self._of_set(turn, part, mixing)
             for number in torch.randperm(len(batches), generator=shuffle).tolist():
-                yield batches[number], self._answer((copy, place, number), batches[number])
+                yield batches[number], self._answer((turn, place, number), batches[number])
 
     def _answer(self, key: tuple[int, int, int], batch: Batch) -> Answer:
         """What the original makes of a batch, remembered while there is room."""
@@ -113,7 +113,7 @@ class Mixtures:
             self._wanted[key] = answer
         return answer
 
-    def _of_copy(self, copy: int, part: list[int], generator: torch.Generator) -> list[Batch]:
+    def _of_set(self, turn: int, part: list[int], generator: torch.Generator) -> list[Batch]:
         batches = self._read(part) if self._whole is None else self._whole
         if self.joins:
             joined, steps = batches[0], self._steps(part)
@@ -121,9 +121,9 @@ class Mixtures:
             size = min(self.batch_size, len(order))
             rows = order[: steps * size].split(size)
             batches = [tuple(item[r] for item in joined) for r in rows]
-        if copy == 0:
+        if turn == 0:
             return batches
-        boxes = copy % 2 == 0 and all(item.ndim > 3 for item in batches[0])
+        boxes = turn % 2 == 0 and all(item.ndim > 3 for item in batches[0])
         return [_mixed(batch, boxes, generator) for batch in batches]
 
     def _read(self, part: list[int]) -> list[Batch]:

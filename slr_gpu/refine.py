@@ -17,6 +17,7 @@ weights; which samples a batch holds, and so what comes out, depends on how many
 from __future__ import annotations
 
 import itertools
+import math
 import numbers
 import time
 from dataclasses import asdict, dataclass
@@ -62,10 +63,12 @@ class Refinement:
     features : int
         Inputs of so many layers, the last ones to run, are compared too; not those of more than
         16 384 values a sample, which say little more and would have to be kept.
-    copies : int
-        Sets of inputs, each for every so many epochs: the samples as they are, then mixtures of
-        two of them, where inputs are floating-point numbers: sums, or of images also boxes of one
-        in the other. 1 is without mixtures.
+    uses : int
+        Epochs that a set of inputs serves. The sets take turns: the samples as they are, then
+        mixtures of two of them, where inputs are floating-point numbers: sums, or of images also
+        boxes of one in the other. What is seen often is learnt by heart: after 200 epochs of 30
+        sets the KL of a VGG-16 on new mixtures of the same images was 1.7 (sums) and 2.7 times
+        (boxes) that on those trained on. With as many as `epochs` there are no mixtures.
     batch_size : int
     seed : int
     """
@@ -74,7 +77,7 @@ class Refinement:
     rate: float = 1.5e-3
     temperature: float = 3.0
     features: int = 3
-    copies: int = 30
+    uses: int = 2
     batch_size: int = 100
     seed: int = 0
 
@@ -82,7 +85,7 @@ class Refinement:
         for name, lowest in (
             ("epochs", 1),
             ("features", 0),
-            ("copies", 1),
+            ("uses", 1),
             ("batch_size", 1),
         ):
             value = getattr(self, name)
@@ -162,9 +165,8 @@ def refine_model(
     trainer = Trainer(parameters, settings.rate * min(1.0, off**0.5 / FAR), group)
     # A step sees as many samples as on one rank.
     own = max(1, settings.batch_size // group.size)
-    batches = Mixtures(
-        original, fitted, settings.copies, own, settings.seed, late, prepared.spill.limit
-    )
+    sets = math.ceil(settings.epochs / settings.uses)
+    batches = Mixtures(original, fitted, sets, own, settings.seed, late, prepared.spill.limit)
     in_epoch = min(group.objects(len(batches)))
     steps = settings.epochs * in_epoch
 

@@ -140,7 +140,7 @@ def test_compress_gives_the_same_bits_from_memory_and_from_files(tmp_path):
 def test_refinement_of_streamed_data(tmp_path):
     """In parts: every sample once an epoch, the same whenever asked, with the original's answer."""
     batches = as_batches(shards(tmp_path), MODEL, BATCH, 0)
-    settings = {"copies": 2, "batch_size": 5, "limit": 2 * batches.nbytes}
+    settings = {"sets": 2, "batch_size": 5, "limit": 2 * batches.nbytes}
     feed = Mixtures(MODEL, batches, **settings)
     assert len(feed.parts) == 2 and len(feed) == 9
     plain = list(feed.of_epoch(0))

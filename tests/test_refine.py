@@ -88,6 +88,24 @@ def test_steps_are_in_proportion_to_what_outputs_are_off(data, monkeypatch):
     assert rates == pytest.approx([0.01 * off[0] / 0.05, 0.01], rel=0.05)
 
 
+@pytest.mark.parametrize("epochs,uses,sets", [(6, 2, 3), (5, 2, 3), (2, 3, 1)])
+def test_a_set_of_inputs_serves_so_many_epochs(data, monkeypatch, epochs, uses, sets):
+    seen = []
+    plain = Mixtures.of_epoch
+
+    def noting(self, epoch):
+        for batch, target in plain(self, epoch):
+            seen.append(round(float(batch[0].double().sum()), 6))
+            yield batch, target
+
+    monkeypatch.setattr(Mixtures, "of_epoch", noting)
+    refine = slr_gpu.Refinement(epochs=epochs, uses=uses, batch_size=60)
+    run = {"allocation": "uniform", "progress": False}
+    slr_gpu.compress(network(), data, {"flops": 0.3}, refine=refine, **run)
+    assert len(seen) == 3 * epochs
+    assert len(set(seen)) == 3 * sets
+
+
 def test_a_refinement_that_does_not_help_is_dropped(data):
     run = {"allocation": "uniform", "progress": False}
     plain = slr_gpu.compress(network(), data, {"flops": 0.3}, **run)
@@ -172,7 +190,7 @@ def test_the_same_samples_are_held_out_as_by_the_layers(data):
 def test_mixtures_are_between_two_samples_and_come_again():
     data = torch.randn(40, 3)
     model = nn.Linear(3, 2)
-    batches = Mixtures(model, Batches.of([(data[:25],), (data[25:],)]), copies=2, batch_size=10)
+    batches = Mixtures(model, Batches.of([(data[:25],), (data[25:],)]), sets=2, batch_size=10)
     plain = torch.cat([batch for (batch,), _ in batches.of_epoch(0)])
     assert torch.equal(plain.sort(0).values, data.sort(0).values)
     mixed = [(batch, wanted) for (batch,), (wanted, _) in batches.of_epoch(1)]
@@ -194,7 +212,7 @@ def test_mixtures_are_between_two_samples_and_come_again():
 def test_images_are_mixed_by_boxes_too(sides):
     count = 60
     images = torch.arange(count).reshape(-1, 1, *(1,) * len(sides)).expand(-1, 2, *sides).float()
-    batches = Mixtures(nn.Identity(), Batches.of([(images, images)]), copies=3, batch_size=20)
+    batches = Mixtures(nn.Identity(), Batches.of([(images, images)]), sets=3, batch_size=20)
     batches._answer = lambda key, batch: None  # what a model makes of them is not the matter
     shares = []
     for (batch, other), _ in batches.of_epoch(2):
@@ -273,6 +291,7 @@ def test_outputs_compared_by_hand():
         ({"temperature": 0}, "temperature"),
         ({"rate": 0}, "rate"),
         ({"batch_size": 1.5}, "batch_size"),
+        ({"uses": 0}, "uses"),
     ],
 )
 def test_bad_settings(settings, match):
