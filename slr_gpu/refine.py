@@ -52,8 +52,9 @@ class Refinement:
     Attributes
     ----------
     epochs : int
-        Passes over the calibration data. More of them pay where little is kept: at a twentieth of
-        the FLOPs of VGG-16 200 left a KL of 0.0097 on unseen images where 60 left 0.0116.
+        Passes over the calibration data. More of them pay: at a twentieth of the FLOPs of VGG-16
+        200 left a KL of 0.0097 on unseen images where 60 left 0.0116, and at 0.067 of its
+        parameters 0.0005 of the 0.0014 before any.
     rate : float
         Largest step of a tensor, as a fraction of its root mean square. In proportion smaller
         where outputs are less than a twentieth off at first: what is near wants small steps.
