@@ -75,8 +75,9 @@ def main(
                 latency=slr_gpu.LatencyTarget(runtime, threads),
             )
             found, seconds = result.report.latency, time.perf_counter() - began
+            # The runtime's threads, not those of torch that `machine` names.
             facts = {"model": name, "asked": fraction, "runtime": runtime, "threads": threads}
-            runs.append({**facts, **found, "seconds": seconds, **machine()})
+            runs.append({**machine(), **facts, **found, "seconds": seconds})
             table.add_row(
                 name,
                 f"{fraction:g}",
