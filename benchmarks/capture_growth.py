@@ -11,7 +11,6 @@ ratio of the seconds to those of the first number. Each number has a process of 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from rich.table import Table
 import slr_gpu
 from benchmarks.data import calibration_images, fashion_mnist, to_inputs
 from benchmarks.models import load_weights, vgg16
+from benchmarks.store import peak_gib
 from slr_gpu.capture import full_precision, layer_parts
 from slr_gpu.cli_inputs import parse_bytes
 from slr_gpu.frontier import Frontier
@@ -107,7 +107,7 @@ def one(
         "fit": fit,
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
         "samples": samples,
         "memory_limit": memory_limit,
         "threads": threads,

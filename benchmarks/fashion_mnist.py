@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import resource
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from rich.table import Table
 import slr_gpu
 from benchmarks.data import calibration_images, compare, fashion_mnist, predict, to_inputs
 from benchmarks.models import load_weights
-from benchmarks.store import machine
+from benchmarks.store import machine, peak_gib
 from benchmarks.train_fashion_mnist import find_factory
 from slr_gpu.cli_inputs import Refine, RefineEpochs, make_refinement, parse_keep
 from slr_gpu.export import export_model
@@ -153,7 +152,7 @@ def main(
                     after.agreement,
                     after.kl,
                     seconds,
-                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                    peak_gib(),
                     result.report.refinement,
                     result.report.latency,
                     _speed(dense, result, calibration[:1], runtime),

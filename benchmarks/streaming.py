@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ import slr_gpu
 from slr_gpu.ops.memory import host_free
 from slr_gpu.storage import save_json
 
-from .store import machine
+from .store import machine, peak_gib
 
 app = typer.Typer(add_completion=False)
 
@@ -88,10 +87,6 @@ class Rows:
             inputs[start : start + len(X)], responses[start : start + len(X)] = X, Z
             start += len(X)
         return inputs, responses
-
-
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @app.command()

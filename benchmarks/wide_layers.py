@@ -11,7 +11,6 @@ fitted in a process of its own, so that the peak is its own:
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 
 import slr_gpu
+from benchmarks.store import machine, peak_gib
 
 app = typer.Typer(add_completion=False)
 
@@ -71,10 +70,6 @@ CASES = {
 }
 
 
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 @app.command()
 def one(name: str, keep: float = 0.25) -> None:
     """Fit one layer here and print what it took as JSON."""
@@ -102,7 +97,7 @@ def one(name: str, keep: float = 0.25) -> None:
         "weight_svd_held_out_error": svd.held_out_error,
         "iterations": len(fitted.history),
         "notes": list(fitted.notes),
-        "threads": torch.get_num_threads(),
+        **machine(),
     }
     print(json.dumps(entry))
 

@@ -50,10 +50,10 @@ def answer_of(model: nn.Module, batch: Batch, late: list[str]) -> Answer:
 class Mixtures:
     """Calibration samples and mixtures of them, each with what the original returns for it.
 
-    Batches come in `sets`, the first without mixtures, then sums and, where there are
-    images, boxes by turns; an epoch goes through one of them. Samples are shuffled across batches
-    where all have one shape; else batches are. Data that is read anew in every pass goes through in
-    parts that fit the limit, each shuffled in itself.
+    Batches come in `sets`, the first without mixtures, then sums and, where there are images, boxes
+    by turns; an epoch goes through one of them. Samples are shuffled across batches where all have
+    one shape; else batches are. Data that is read anew in every pass goes through in parts that fit
+    the limit, each shuffled in itself.
     """
 
     def __init__(
