@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -132,10 +133,26 @@ def test_plans_are_corrected_by_the_whole_model(prepared, analysis, clock, tmp_p
     keep = {"latency": 0.45}
     plan, measured = allocate_measured(prepared, analysis, keep, target)
     assert plan.keep == keep
-    assert 0.38 < measured["ratio"] <= 0.45
+    # Some per cent below: it is to be within the budget again when it is timed anew.
+    assert 0.38 < measured["ratio"] <= 0.98 * 0.45
     assert measured["predicted"] == pytest.approx(measured["ratio"], rel=0.1)
     both = allocate_measured(prepared, analysis, {"latency": 0.45, "params": 0.3}, target)[0]
     assert both.achieved["params"] <= 0.3
+
+
+def test_a_budget_that_leaves_no_room_below_it_is_met_all_the_same(
+    prepared, analysis, clock, tmp_path
+):
+    target = LatencyTarget(cache=tmp_path)
+    add_latency(prepared, analysis, target)
+    with pytest.raises(slr_gpu.BudgetError) as refused:
+        analysis.allocate({"latency": 0.001})
+    least = float(re.search(r"at least ([0-9.]+)", str(refused.value))[1])
+    with pytest.raises(slr_gpu.BudgetError):
+        analysis.allocate({"latency": 0.97 * least})
+    plan, measured = allocate_measured(prepared, analysis, {"latency": 1.01 * least}, target)
+    assert plan.keep == {"latency": 1.01 * least}
+    assert measured["ratio"] == pytest.approx(least, rel=0.1)
 
 
 def test_planned_models_have_the_planned_structures(prepared, analysis):
