@@ -1,5 +1,7 @@
 """Progress bars that appear on a terminal once the work has taken two seconds.
 
+Where standard error is a file or a pipe, long work says a line a minute instead.
+
 In: what is being done and how much of it there is. Out: a function to call as it gets done. A
 process that works for another one hands its bars on with `reported_to`; `JobBars` shows those of
 many.
@@ -10,16 +12,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Advance = Callable[..., None]
 # Called with what is being done, how much of it is done and how much there is.
 Listener = Callable[[str, float, float], None]
 
 DELAY_S = 2.0
+# Between two lines where nothing can be animated.
+LINE_S = 60.0
 # A listener hears of steps this far apart at most.
 REPORTED_S = 0.1
 
@@ -41,19 +53,25 @@ def progress_bar(description: str, total: float, *, show: bool = True) -> Iterat
     console = Console(stderr=True)
     bar = _progress(console)
     task = bar.add_task(description, total=total)
-    began, started = time.perf_counter(), False
-    # On a pipe there is nothing to animate.
-    show = show and console.is_terminal
+    began = said = time.perf_counter()
+    started = False
 
     def advance(amount: float = 1, description: str | None = None) -> None:
-        nonlocal started
+        nonlocal started, said
         if description is None:
             bar.update(task, advance=amount)
         else:
             bar.update(task, advance=amount, description=description)
-        if show and not started and time.perf_counter() - began > DELAY_S:
-            bar.start()
-            started = True
+        now = time.perf_counter()
+        if not show or started:
+            return
+        if console.is_terminal:
+            if now - began > DELAY_S:
+                bar.start()
+                started = True
+        elif now - said >= LINE_S:
+            said = now
+            console.print(_line(bar.tasks[0]), markup=False, highlight=False, soft_wrap=True)
 
     try:
         yield advance
@@ -72,6 +90,14 @@ def _progress(console: Console) -> Progress:
         console=console,
         transient=True,
     )
+
+
+def _line(task: Task) -> str:
+    """How far a task has come, in words."""
+    times = [f"{timedelta(seconds=int(task.elapsed or 0))} elapsed"]
+    if task.time_remaining is not None:
+        times.append(f"{timedelta(seconds=int(task.time_remaining))} to go")
+    return f"{task.description}: {task.percentage:.0f}%, {', '.join(times)}"
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from slr_gpu.batch.work import Place
 from slr_gpu.cli import app
 from slr_gpu.errors import BackendError, InputError
 from slr_gpu.prepare import Prepared, Settings
-from slr_gpu.progress import JobBars, progress_bar, reported_to
 
 NETS = """
 import os, signal
@@ -730,24 +729,6 @@ def test_one_run_a_folder(fake):
     with runs._lock(found.out), pytest.raises(InputError, match="another batch"):
         runs.run_batch(found, device="cpu", progress=False)
     assert runs.run_batch(found, device="cpu", progress=False).ok
-
-
-def test_progress_is_handed_on():
-    heard = []
-    with reported_to(lambda *step: heard.append(step)), progress_bar("a", 1000) as advance:
-        for _ in range(1000):
-            advance()
-        advance(0, description="b")
-    assert heard[0] == ("a", 0, 1000) and heard[-2:] == [("a", 1000, 1000), ("b", 1000, 1000)]
-    assert len(heard) < 100
-
-
-def test_on_a_pipe_there_is_a_line_a_job(capsys):
-    with JobBars(2) as bars:
-        bars.update("worker", "job [red]: fitting", 1, 3)
-        bars.finish("job [red]: done")
-        bars.remove("worker")
-    assert capsys.readouterr() == ("", "job [red]: done\n")
 
 
 # -- processes ------------------------------------------------------------------------------------
