@@ -5,9 +5,9 @@ from .compress import apply, compress
 from .decomposition import Decomposition, Status, Structure
 from .errors import BackendError, BudgetError, InputError, ModelError, SLRError
 from .fit import fit
-from .latency import LatencyTarget
 from .layer_budget import LayerBudget
 from .layer_io import LayerIO
+from .layer_seconds import LatencyTarget
 from .parallel import Group, ranks
 from .plan import Plan
 from .refine import Refinement

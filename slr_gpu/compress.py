@@ -29,9 +29,10 @@ from .fit import fit
 from .frontier import Frontier
 from .graph import LayerSite, set_module
 from .grouped import summarise
-from .latency import LatencyTarget, add_latency, allocate_measured, measured_latency
+from .latency import add_latency, allocate_measured, measured_latency
 from .layer_budget import BLOCK
 from .layer_io import LayerIO
+from .layer_seconds import LatencyTarget
 from .parallel import ALONE, Group
 from .plan import LayerPlan, Plan
 from .prepare import Prepared, Settings, count_flops

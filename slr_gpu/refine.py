@@ -70,7 +70,7 @@ class Refinement:
         boxes of one in the other. What is seen often is learnt by heart: after 200 epochs of 30
         sets the KL of a VGG-16 on new mixtures of the same images was 1.7 (sums) and 2.7 times
         (boxes) that on those trained on. With as many as `epochs` there are no mixtures. Sets that
-        serve these epochs one after another, so that the answers of one alone are kept, left 4 and
+        serve these epochs one after another, so that the answers of one alone are kept, left 5 and
         11 % more KL after 20 epochs at a twentieth of the FLOPs.
     batch_size : int
     seed : int

@@ -24,7 +24,8 @@ from .errors import InputError, complain
 from .frontier import Frontier
 from .graph import set_module
 from .knapsack import undominated
-from .latency import LatencyTarget, add_latency
+from .latency import add_latency
+from .layer_seconds import LatencyTarget
 from .output_loss import choose_loss, mean_loss
 from .parallel import ALONE, Group
 from .prepare import Prepared, Settings

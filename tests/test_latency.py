@@ -14,7 +14,8 @@ from torch import nn
 
 import slr_gpu
 from slr_gpu.fold import for_deployment
-from slr_gpu.latency import LatencyTarget, add_latency, allocate_measured, planned_model
+from slr_gpu.latency import add_latency, allocate_measured, planned_model
+from slr_gpu.layer_seconds import LatencyTarget
 from slr_gpu.layers import SLRLinear, _SLRConvNd
 from slr_gpu.prepare import Prepared, Settings
 from slr_gpu.runtime.timing import Timings
@@ -84,7 +85,7 @@ def clock(monkeypatch):
             seconds[key] = np.full(5, factor * planted(module, shape))
         return Timings(seconds, dict.fromkeys(cases, 1), True, 0.0)
 
-    for module in ("slr_gpu.latency", "slr_gpu.deploy"):
+    for module in ("slr_gpu.latency", "slr_gpu.layer_seconds", "slr_gpu.deploy"):
         monkeypatch.setattr(sys.modules[module], "time_layers", time_layers)
     return state
 

@@ -20,7 +20,7 @@ from slr_gpu.calibration import as_batches
 from slr_gpu.cli import app
 from slr_gpu.fold import for_deployment
 from slr_gpu.frontier import Frontier
-from slr_gpu.latency import _module
+from slr_gpu.layer_seconds import random_layer
 from slr_gpu.output_loss import mean_loss
 from slr_gpu.plan import LayerPlan
 
@@ -221,7 +221,7 @@ def traffic(layer, example):
 def test_work_counts_what_the_deployed_layer_does(structure):
     dense = nn.Conv2d(20, 24, 3)
     cost = LayerCost("", 24, 20, 9, 49, 81, (3, 3))
-    deployed = for_deployment(nn.Sequential(_module(dense, structure)), {"0": "split"}).eval()
+    deployed = for_deployment(nn.Sequential(random_layer(dense, structure)), {"0": "split"}).eval()
     moved = traffic(deployed, torch.zeros(1, 20, 9, 9))
     if structure.r is not None and structure.s and structure.k:
         moved -= 20 * 81  # the two halves of the basis read the same

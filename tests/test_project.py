@@ -69,6 +69,7 @@ ORDER = [
     "export",
     "runtime",
     "deploy",
+    "layer_seconds",
     "latency",
     "sensitivity",
     "mixtures",

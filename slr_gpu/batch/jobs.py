@@ -56,8 +56,8 @@ from ..cli_inputs import import_object, make_solver
 from ..errors import InputError, SLRError, complain
 from ..export import check_target
 from ..fit import fit
-from ..latency import LatencyTarget
 from ..layer_io import LayerIO
+from ..layer_seconds import LatencyTarget
 from ..output_loss import LOSSES
 from ..prepare import Settings
 from ..refine import Refinement

@@ -34,7 +34,7 @@ from ..cli_inputs import calibration_data, import_object, load_model
 from ..compress import carry_out, check_budget, make_plan
 from ..errors import InputError, ModelError, SLRError, complain
 from ..export import export_model
-from ..latency import LatencyTarget
+from ..layer_seconds import LatencyTarget
 from ..output_loss import choose_loss, mean_loss
 from ..plan import Plan
 from ..prepare import Prepared
