@@ -237,6 +237,16 @@ def _place(model: nn.Module, error: BaseException) -> str:
 
 
 def _to_onnx(program: torch.export.ExportedProgram, outputs: int) -> bytes:
+    for spec in program.graph_signature.output_specs:
+        value = getattr(spec.arg, "value", None)  # of a constant
+        if value is not None:
+            raise ModelError(
+                complain(
+                    f"a model that returns {value!r}, a {type(value).__name__}",
+                    "tensors or None, which is all that an ONNX model can return",
+                    "Leave it out of what the model returns, or export .pt2 instead.",
+                )
+            )
     names = ["output"] if outputs == 1 else [f"output_{i}" for i in range(outputs)]
     proto = _convert(program, names)
     foreign = [node for node in proto.graph.node if node.domain not in ("", "ai.onnx")]

@@ -196,6 +196,15 @@ class Prepared:
             raise InputError(
                 complain(f"model of {type(model).__name__}", "an nn.Module", "Build it first.")
             )
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise InputError(
+                    complain(
+                        f"a TorchScript module, {name or 'the model itself'}",
+                        "modules in Python, whose layers can be watched and replaced",
+                        "Build the model from its classes and load the weights.",
+                    )
+                )
         self.settings, self.source = settings, model
         self.ops = get_ops(device)
         self.spill = Spill(spill_dir, memory_limit, self.ops.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -425,6 +426,15 @@ def raising(model, data, error, match, **settings):
 )
 def test_bad_settings(model, data, settings, match):
     raising(model, data, slr_gpu.InputError, match, **settings)
+
+
+def test_models_whose_layers_cannot_be_watched(model, data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        scripted = torch.jit.script(model)
+    raising(scripted, data, slr_gpu.InputError, "TorchScript module, the model itself")
+    mixed = nn.Sequential(scripted, nn.ReLU())
+    raising(mixed, data, slr_gpu.InputError, "TorchScript module, 0")
 
 
 def test_bad_data(model, data):

@@ -331,6 +331,18 @@ def test_operators_without_a_translation_are_named(tmp_path):
     refused(model, tmp_path / "m.onnx", x, slr_gpu.ModelError, match)
 
 
+def test_outputs_that_are_no_tensors_are_named(tmp_path):
+    need_onnx()
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            return {"y": super().forward(x), "nothing": None, "steps": 3}
+
+    x = torch.randn(3, 4)
+    refused(Counting(4, 4), tmp_path / "m.onnx", x, slr_gpu.ModelError, "returns 3, a int")
+    export_model(Counting(4, 4), tmp_path / "m.pt2", (x,))
+
+
 def test_files_that_compute_something_else(tmp_path, monkeypatch):
     x = torch.randn(3, 4)
     path = tmp_path / "m.pt2"
