@@ -119,7 +119,8 @@ class Trainer:
         """One step on the mean loss of the samples of all ranks; `share` of all steps are done."""
         for p in self.parameters:
             p.grad = None
-        loss.backward()
+        if loss.requires_grad:  # control flow may leave all layers out
+            loss.backward()
         if self.group.size > 1:
             self._average_gradients(samples)
         for optimizer in self.optimizers:

@@ -106,6 +106,25 @@ def test_a_set_of_inputs_serves_so_many_epochs(data, monkeypatch, epochs, uses, 
     assert len(set(seen)) == 3 * sets
 
 
+def test_batches_that_pass_by_all_compressed_layers(data):
+    class Skipping(nn.Sequential):
+        def forward(self, x):
+            first, middle, last = self
+            h = first(x).relu()
+            return last((middle(h).relu() if x.shape[-1] == 6 else h).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Skipping(
+        nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 5)
+    )
+    batches = [data[:40], data[40:80, ..., :4], data[80:120], data[120:160, ..., :4]]
+    run = {"allocation": "uniform", "progress": False, "held_out": 0.2}
+    refine = slr_gpu.Refinement(epochs=4)
+    result = slr_gpu.compress(model, batches, {"flops": 0.6}, refine=refine, **run)
+    facts = result.report.refinement
+    assert facts["kept"] and facts["after"] < facts["before"]
+
+
 def test_a_refinement_that_does_not_help_is_dropped(data):
     run = {"allocation": "uniform", "progress": False}
     plain = slr_gpu.compress(network(), data, {"flops": 0.3}, **run)
