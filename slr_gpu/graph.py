@@ -109,15 +109,15 @@ class _Operation:
     users: list[int] = field(default_factory=list)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 class _Recorder(TorchFunctionMode):
@@ -132,14 +132,14 @@ class _Recorder(TorchFunctionMode):
 
     def begin(self, inputs: Any, operation: _Operation) -> int:
         index = len(self.operations)
-        for tensor in _tensors(inputs):
+        for tensor in tensors_in(inputs):
             if id(tensor) in self._maker:
                 self.operations[self._maker[id(tensor)]].users.append(index)
         self.operations.append(operation)
         return index
 
     def end(self, index: int, outputs: Any) -> None:
-        for tensor in _tensors(outputs):
+        for tensor in tensors_in(outputs):
             self._maker[id(tensor)] = index
             self._alive.append(tensor)
 
@@ -198,7 +198,7 @@ def find_sites(model: nn.Module, call: Any) -> dict[str, LayerSite]:
             uses.setdefault(names[id(module)], []).append(index)
         else:
             index = -1
-        stack.append((index, next((tuple(t.shape) for t in _tensors((args, kwargs))), ())))
+        stack.append((index, next((tuple(t.shape) for t in tensors_in((args, kwargs))), ())))
         recorder.depth += 1
 
     def leave(module, args, kwargs, output):
@@ -207,7 +207,7 @@ def find_sites(model: nn.Module, call: Any) -> dict[str, LayerSite]:
         if index >= 0:
             recorder.end(index, output)
             if names[id(module)] in sites:
-                output_shape = next((tuple(t.shape) for t in _tensors(output)), ())
+                output_shape = next((tuple(t.shape) for t in tensors_in(output)), ())
                 sites[names[id(module)]].shapes.append((input_shape, output_shape))
 
     with hooks() as handles:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, ModelError, complain
-from .graph import _tensors
+from .graph import tensors_in
 from .parallel import ALONE, Group
 
 LOSSES = ("kl", "mse")
@@ -24,7 +24,7 @@ LOSSES = ("kl", "mse")
 
 def tensors_of(output: Any) -> list[Tensor]:
     """All floating-point tensors in what a model returned, in order."""
-    return [t for t in _tensors(output) if t.is_floating_point()]
+    return [t for t in tensors_in(output) if t.is_floating_point()]
 
 
 def choose_loss(name: str, output: Any) -> str:

@@ -24,7 +24,7 @@ from .budget import LayerCost
 from .calibration import as_batches
 from .capture import References, Sampler, record_references
 from .errors import InputError, ModelError, complain
-from .graph import LayerSite, find_sites, fold_batch_norm
+from .graph import LayerSite, find_sites, fold_batch_norm, tensors_in
 from .layer_budget import BLOCK, LayerBudget, check_form
 from .lowering import lower, non_leaf_tensors
 from .ops import get_ops
@@ -211,6 +211,7 @@ class Prepared:
         self._share(as_batches(calibration_data, model, settings.batch_size, memory_limit))
         _check_weights(model)
         self.work = _copy(model)
+        _drop_hooks(self.work, self.batches.first)
         if self.ops.device != "cpu":
             self.work.to(self.ops.device)
         self.lowered = lower(self.work)
@@ -392,18 +393,50 @@ def _copy(model: nn.Module) -> nn.Module:
                 "Remove what cannot be copied (open files, hooks on closures, non-leaf tensors).",
             )
         ) from error
-    # What watches the user's model stays with it. Hooks before a forward may be part of the
-    # function (spectral_norm) and stay with the copy too.
-    for module in work.modules():
-        module._forward_hooks.clear()
-        module._backward_hooks.clear()
     if any(p.is_floating_point() and p.element_size() < 4 for p in work.parameters()):
         work = work.float()  # fitted in float32, handed back in the model's own dtypes
     return work.eval()
 
 
+def _drop_hooks(work: nn.Module, batch: Batch) -> None:
+    """What watches the user's model stays with it; what changes its output is no mere watcher.
+
+    Hooks before a forward may be part of the function (spectral_norm) and stay with the copy too.
+    """
+    hooked = [name or "the model itself" for name, m in work.named_modules() if m._forward_hooks]
+
+    def answer() -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = tensors_in(run_model(work, first_samples(batch, 1)))
+            return [tensor for tensor in found if tensor.is_floating_point()]
+
+    before = answer() if hooked else []
+    for module in work.modules():
+        module._forward_hooks.clear()
+        module._backward_hooks.clear()
+    after = answer() if hooked else []
+    if [t.shape for t in before] != [t.shape for t in after] or any(
+        float((a - b).norm()) > 1e-4 * float(a.norm()) for a, b in zip(before, after, strict=True)
+    ):
+        raise InputError(
+            complain(
+                f"forward hooks that change what the model returns, of {', '.join(hooked)}",
+                "hooks that only watch: those stay behind",
+                "Put what they do into the forward of a module.",
+            )
+        )
+
+
 def _check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise InputError(
+                complain(
+                    f"{name}, which has no shape yet",
+                    "a model whose lazy layers have seen a batch",
+                    "Call it once, or load its weights.",
+                )
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(
                 complain(f"NaN or Inf in {name}", "finite weights", "Check the checkpoint.")

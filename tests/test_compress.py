@@ -428,6 +428,20 @@ def test_bad_settings(model, data, settings, match):
     raising(model, data, slr_gpu.InputError, match, **settings)
 
 
+def test_hooks_that_change_the_model_do_not_get_lost(model, data):
+    model[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+    raising(model, data, slr_gpu.InputError, "hooks that change what the model returns, of 2;")
+    model[2]._forward_hooks.clear()
+    model.register_forward_hook(lambda module, inputs, output: (output, output))
+    raising(model, data, slr_gpu.InputError, "of the model itself;")
+
+
+def test_models_without_shapes(data):
+    lazy = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(slr_gpu.InputError, match=r"0\.weight, which has no shape"):
+        slr_gpu.compress(lazy, data, {"flops": 0.5}, progress=False)
+
+
 def test_models_whose_layers_cannot_be_watched(model, data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
