@@ -199,14 +199,14 @@ def allocate_measured(
         if LEAST * keep["latency"] <= ratio <= MOST * keep["latency"]:
             break
         _scale(analysis, plan, ratio)
-    # The one nearest below the limit, else the fastest.
-    for limit in (MOST * keep["latency"], keep["latency"]):
-        within = [pair for pair in found if pair[1]["ratio"] <= limit]
-        if within:
-            plan, measured = max(within, key=lambda pair: pair[1]["ratio"])
-            break
-    else:
-        plan, measured = min(found, key=lambda pair: pair[1]["ratio"])
+
+    def rank(pair: tuple[Plan, dict[str, float]]) -> tuple[int, float]:
+        """The one nearest below the limit is best, else the fastest."""
+        ratio = pair[1]["ratio"]
+        within = sum(ratio <= share * keep["latency"] for share in (MOST, 1))
+        return within, ratio if within else -ratio
+
+    plan, measured = max(found, key=rank)
     plan.keep = keep
     return plan, measured
 

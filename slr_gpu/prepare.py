@@ -24,10 +24,11 @@ from .budget import LayerCost
 from .calibration import as_batches
 from .capture import References, Sampler, record_references
 from .errors import InputError, ModelError, complain
-from .graph import LayerSite, find_sites, fold_batch_norm, tensors_in
+from .graph import LayerSite, find_sites, fold_batch_norm
 from .layer_budget import BLOCK, LayerBudget, check_form
 from .lowering import lower, non_leaf_tensors
 from .ops import get_ops
+from .output_loss import tensors_of
 from .parallel import ALONE, Group
 from .progress import Advance
 from .solvers import SOLVERS, Majorize, Solver
@@ -407,8 +408,7 @@ def _drop_hooks(work: nn.Module, batch: Batch) -> None:
 
     def answer() -> list[torch.Tensor]:
         with torch.no_grad():
-            found = tensors_in(run_model(work, first_samples(batch, 1)))
-            return [tensor for tensor in found if tensor.is_floating_point()]
+            return tensors_of(run_model(work, first_samples(batch, 1)))
 
     before = answer() if hooked else []
     for module in work.modules():

@@ -58,10 +58,7 @@ def progress_bar(description: str, total: float, *, show: bool = True) -> Iterat
 
     def advance(amount: float = 1, description: str | None = None) -> None:
         nonlocal started, said
-        if description is None:
-            bar.update(task, advance=amount)
-        else:
-            bar.update(task, advance=amount, description=description)
+        bar.update(task, advance=amount, description=description)
         now = time.perf_counter()
         if not show or started:
             return
