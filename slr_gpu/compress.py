@@ -44,6 +44,7 @@ from .runtime.layer_timing import check_runtime
 from .sensitivity import measure
 from .shares import uniform
 from .solvers import Solver
+from .user_model import restore
 
 
 def compress(
@@ -422,7 +423,7 @@ def carry_out(
         for site in prepared.sites.values()
         if site.batch_norm is not None
     ]
-    return Result(prepared.restored(), report, value, prepared.example)
+    return Result(restore(prepared.work, prepared.source), report, value, prepared.example)
 
 
 def _fit(prepared: Prepared, planned: LayerPlan, arrays: LayerIO) -> Decomposition:

@@ -26,13 +26,13 @@ from .capture import References, Sampler, record_references
 from .errors import InputError, ModelError, complain
 from .graph import LayerSite, find_sites, fold_batch_norm
 from .layer_budget import BLOCK, LayerBudget, check_form
-from .lowering import lower, non_leaf_tensors
+from .lowering import lower
 from .ops import get_ops
-from .output_loss import tensors_of
 from .parallel import ALONE, Group
 from .progress import Advance
 from .solvers import SOLVERS, Majorize, Solver
 from .spill import Spill
+from .user_model import check_model, working_copy
 
 _OVERRIDES = ("keep", "form")
 
@@ -193,26 +193,12 @@ class Prepared:
         spill_dir: str | Path | None,
         memory_limit: float | None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputError(
-                complain(f"model of {type(model).__name__}", "an nn.Module", "Build it first.")
-            )
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise InputError(
-                    complain(
-                        f"a TorchScript module, {name or 'the model itself'}",
-                        "modules in Python, whose layers can be watched and replaced",
-                        "Build the model from its classes and load the weights.",
-                    )
-                )
+        check_model(model)
         self.settings, self.source = settings, model
         self.ops = get_ops(device)
         self.spill = Spill(spill_dir, memory_limit, self.ops.device)
         self._share(as_batches(calibration_data, model, settings.batch_size, memory_limit))
-        _check_weights(model)
-        self.work = _copy(model)
-        _drop_hooks(self.work, self.batches.first)
+        self.work = working_copy(model, self.batches.first)
         if self.ops.device != "cpu":
             self.work.to(self.ops.device)
         self.lowered = lower(self.work)
@@ -316,23 +302,6 @@ class Prepared:
                 )
             )
 
-    def restored(self) -> nn.Module:
-        """The compressed copy with the device, the dtype and the modes of the user's model."""
-        work, model = self.work, self.source
-        work.to(next(model.parameters()).device)
-        originals = dict(model.named_modules())
-        for name, module in work.named_modules():
-            while name not in originals:  # inside a replaced layer
-                name = name.rpartition(".")[0]
-            module.training = originals[name].training
-            tensors = [*originals[name].parameters(), *originals[name].buffers()]
-            dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
-            if dtype is not None and dtype.itemsize < 4:
-                for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                    if tensor.is_floating_point():
-                        tensor.data = tensor.data.to(dtype)
-        return work
-
     def _sites(self) -> dict[str, LayerSite]:
         """All layers; those whose one input row is the same for every sample stay dense."""
         work, batch = self.work, self.batches.first
@@ -381,66 +350,6 @@ def count_flops(model: nn.Module, batch: Batch) -> tuple[int, dict[str, int]]:
         for name, counts in counter.get_flop_counts().items()
     }
     return counter.get_total_flops(), by_module
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        work = copy.deepcopy(model, non_leaf_tensors(model))
-    except Exception as error:
-        raise ModelError(
-            complain(
-                f"{type(error).__name__} while copying the model: {error}",
-                "a model that copy.deepcopy can copy",
-                "Remove what cannot be copied (open files, hooks on closures, non-leaf tensors).",
-            )
-        ) from error
-    if any(p.is_floating_point() and p.element_size() < 4 for p in work.parameters()):
-        work = work.float()  # fitted in float32, handed back in the model's own dtypes
-    return work.eval()
-
-
-def _drop_hooks(work: nn.Module, batch: Batch) -> None:
-    """What watches the user's model stays with it; what changes its output is no mere watcher.
-
-    Hooks before a forward may be part of the function (spectral_norm) and stay with the copy too.
-    """
-    hooked = [name or "the model itself" for name, m in work.named_modules() if m._forward_hooks]
-
-    def answer() -> list[torch.Tensor]:
-        with torch.no_grad():
-            return tensors_of(run_model(work, first_samples(batch, 1)))
-
-    before = answer() if hooked else []
-    for module in work.modules():
-        module._forward_hooks.clear()
-        module._backward_hooks.clear()
-    after = answer() if hooked else []
-    if [t.shape for t in before] != [t.shape for t in after] or any(
-        float((a - b).norm()) > 1e-4 * float(a.norm()) for a, b in zip(before, after, strict=True)
-    ):
-        raise InputError(
-            complain(
-                f"forward hooks that change what the model returns, of {', '.join(hooked)}",
-                "hooks that only watch: those stay behind",
-                "Put what they do into the forward of a module.",
-            )
-        )
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if torch.nn.parameter.is_lazy(tensor):
-            raise InputError(
-                complain(
-                    f"{name}, which has no shape yet",
-                    "a model whose lazy layers have seen a batch",
-                    "Call it once, or load its weights.",
-                )
-            )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(
-                complain(f"NaN or Inf in {name}", "finite weights", "Check the checkpoint.")
-            )
 
 
 def _match(pattern: str, names: list[str], what: str) -> list[str]:

@@ -60,6 +60,7 @@ ORDER = [
     "plan",
     "analysis",
     "output_loss",
+    "user_model",
     "prepare",
     "checkpoint",
     "report",
