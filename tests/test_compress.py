@@ -442,6 +442,16 @@ def test_models_without_shapes(data):
         slr_gpu.compress(lazy, data, {"flops": 0.5}, progress=False)
 
 
+def test_weights_are_checked_before_data_is_read(model):
+    def unread():
+        raise AssertionError("data was read")
+
+    with torch.no_grad():
+        model[0].bias[0] = torch.nan
+    with pytest.raises(slr_gpu.InputError, match=r"NaN or Inf in 0\.bias"):
+        slr_gpu.compress(model, unread, {"flops": 0.5}, progress=False)
+
+
 def test_models_whose_layers_cannot_be_watched(model, data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
