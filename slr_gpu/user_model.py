@@ -1,7 +1,7 @@
 """The user's model: what is refused of it, the copy that is worked on, and the way back.
 
-In: a model as it comes, in any mode, dtype and on any device. Out: a copy in eval mode that is fitted
-in float32; after compression the copy as the user's was. The model itself is never changed.
+In: a model as it comes, in any mode, dtype and on any device. Out: a copy in eval mode that is
+fitted in float32; after compression the copy as the user's was. The model itself is never changed.
 """
 
 from __future__ import annotations
