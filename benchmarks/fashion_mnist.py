@@ -27,6 +27,7 @@ from benchmarks.data import calibration_images, compare, fashion_mnist, predict,
 from benchmarks.models import load_weights
 from benchmarks.store import machine, peak_gib
 from benchmarks.train_fashion_mnist import find_factory
+from slr_gpu.analysis import TOLERANCE
 from slr_gpu.cli_inputs import Refine, RefineEpochs, make_refinement, parse_keep
 from slr_gpu.export import export_model
 
@@ -83,6 +84,9 @@ def main(
     samples: Annotated[int, typer.Option(help="Input rows sampled a layer.")] = 15_000,
     form: Annotated[str, typer.Option(help="Form of the layers.")] = "auto",
     multiple: Annotated[int, typer.Option(help="r, s and k in blocks of so many channels.")] = 16,
+    tolerance: Annotated[
+        float, typer.Option(help="Part of the predicted loss to give up for less work.")
+    ] = TOLERANCE,
     seed: Annotated[int, typer.Option(help="Of the calibration images and rows.")] = 0,
     symmetric: Annotated[bool, typer.Option(help="Inputs from the original network.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
@@ -130,7 +134,11 @@ def main(
         export_model(original, dense, (calibration[:1],))
         for name, budget in itertools.product(allocation, budgets):
             # A latency is met by measuring, so not from the analysis alone.
-            plan = None if "latency" in budget else analysis(name).allocate(budget)
+            plan = (
+                None
+                if "latency" in budget
+                else analysis(name).allocate(budget, tolerance=tolerance)
+            )
             began = time.perf_counter()
             if plan is None:
                 result = slr_gpu.compress(
@@ -165,6 +173,7 @@ def main(
             # Written after each: a run that is cut short leaves what it has.
             if out is not None:
                 facts = {
+                    "tolerance": tolerance,
                     "model": model,
                     "images": images,
                     "test_images": len(labels),

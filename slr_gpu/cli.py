@@ -231,14 +231,19 @@ def allocate(
     keep: _Keep,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")],
     allocation: _Allocation = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="With FLOPs: part of the loss to give up for less work, 0 for none."),
+    ] = None,
     picture: _Picture = None,
 ) -> None:
     """Spend a budget by an analysis: a plan that can be edited."""
     with clear_errors():
-        from .analysis import Analysis
+        from .analysis import TOLERANCE, Analysis
 
         budget = parse_keep(keep)
-        _write_plan(Analysis.load(analysis).allocate(budget, allocation), out, picture)
+        usual = TOLERANCE if tolerance is None else tolerance
+        _write_plan(Analysis.load(analysis).allocate(budget, allocation, usual), out, picture)
 
 
 @app.command()

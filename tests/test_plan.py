@@ -232,7 +232,7 @@ def test_work_counts_what_the_deployed_layer_does(structure):
     assert cost.work(None) == 20 * 24 * 9 * 49 + MULTIPLY_ADDS_A_VALUE * (20 * 81 + 24 * 49)
 
 
-def test_of_plans_alike_the_one_of_less_work(analysis, monkeypatch):
+def test_of_plans_alike_the_one_of_less_work(analysis):
     def summed(plan):
         costs = {layer.cost.name: layer.cost for layer in analysis.layers}
         work = sum(costs[layer.name].work(layer.structure) for layer in plan.layers)
@@ -241,13 +241,20 @@ def test_of_plans_alike_the_one_of_less_work(analysis, monkeypatch):
     saved = []
     for fraction in (0.25, 0.35, 0.5):
         work, loss = summed(analysis.allocate({"flops": fraction}))
-        with monkeypatch.context() as patch:
-            patch.setattr("slr_gpu.analysis.TOLERANCE", 0.0)
-            least_work, least = summed(analysis.allocate({"flops": fraction}))
+        least_work, least = summed(analysis.allocate({"flops": fraction}, tolerance=0))
         assert least * (1 - 1e-9) <= loss <= 1.08 * least * (1 + 1e-9)
         assert work <= least_work
         saved.append(1 - work / least_work)
+        between = summed(analysis.allocate({"flops": fraction}, tolerance=0.02))
+        assert between[1] <= 1.02 * least * (1 + 1e-9)
+        assert work <= between[0] <= least_work
     assert max(saved) > 0.005
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan"), float("inf"), "some"])
+def test_a_tolerance_is_a_fraction(analysis, tolerance):
+    with pytest.raises(slr_gpu.InputError, match="tolerance=.*; expected a fraction >= 0"):
+        analysis.allocate({"flops": 0.25}, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("fraction", [0.15, 0.25, 0.35])
