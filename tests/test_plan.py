@@ -417,6 +417,14 @@ def test_command_line(tmp_path, monkeypatch):
     shown = run("allocate", "measured/analysis.json", "--keep", "flops=0.4", "--out", "p.json",
                 "--picture", "p.svg")  # fmt: skip
     assert "predicted of the whole model" in shown and (tmp_path / "p.svg").exists()
+    plans = []
+    for tolerance in ("0", "0.5"):
+        path = f"t{tolerance}.json"
+        run("allocate", "measured/analysis.json", "--keep", "flops=0.4", "--out", path,
+            "--tolerance", tolerance)  # fmt: skip
+        plans.append(json.loads((tmp_path / path).read_text()))
+    least, plainer = (sum(layer["loss"] for layer in plan["layers"]) for plan in plans)
+    assert least < plainer <= 1.5 * least * (1 + 1e-9)
     run("apply", *inputs, "--plan", "p.json", "--out", "applied")
     report = json.loads((tmp_path / "applied" / "report.json").read_text())
     assert report["achieved"]["flops"] <= 0.4
