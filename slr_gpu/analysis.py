@@ -40,7 +40,8 @@ from .tradeoff import Point
 ANALYSIS_SCHEMA = 1
 ALLOCATIONS = ("uniform", "pca_energy", "response", "output")
 # What a plan's loss may exceed the least by, for a plan of less work. On the VGG-16 at a quarter of
-# its FLOPs 0.08 is worth 3 to 4 % of speed and costs an eighth to a quarter more KL.
+# its FLOPs 0.08 is worth 3 to 4 % of speed and costs an eighth to a quarter more KL on images not
+# seen: what asking for so many FLOPs less would, too.
 TOLERANCE = 0.08
 # Exponents of the power laws outside the measured points, and the least loss that counts as one.
 SLOPES = (0.5, 2.0)
