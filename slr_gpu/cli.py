@@ -242,8 +242,8 @@ def allocate(
         from .analysis import TOLERANCE, Analysis
 
         budget = parse_keep(keep)
-        usual = TOLERANCE if tolerance is None else tolerance
-        _write_plan(Analysis.load(analysis).allocate(budget, allocation, usual), out, picture)
+        tolerance = TOLERANCE if tolerance is None else tolerance
+        _write_plan(Analysis.load(analysis).allocate(budget, allocation, tolerance), out, picture)
 
 
 @app.command()
