@@ -1,50 +1,36 @@
-"""The whole model: what to do to each layer, then fit and replace, shallow to deep.
+"""The whole model: checked, analysed, its budget spent, and the plan carried out.
 
 In: a model, unlabelled calibration data and a budget. Out: a `Result` with the smaller model.
 `compress` is `analyze`, `Analysis.allocate` and `apply`; each can be called alone. The user's model
-is copied, never changed. Layer l is fitted to the original's responses (Y) on inputs that come
-through the layers already replaced (X), so that it corrects their errors (asymmetric; Zhang et al.
-2015, section 3.3).
+is copied, never changed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from .adapters import adapter_for
 from .analysis import Analysis, check_allocation
 from .budget import check_keep, check_reachable
-from .capture import full_precision, layer_parts, response_energies
+from .carry_out import carry_out
 from .checkpoint import Store, check_ranks, fingerprint
-from .decomposition import Decomposition, Structure
 from .errors import InputError, complain
-from .fit import fit
-from .frontier import Frontier
-from .graph import LayerSite, set_module
-from .grouped import summarise
 from .latency import add_latency, allocate_measured, measured_latency
 from .layer_budget import BLOCK
-from .layer_io import LayerIO
 from .layer_seconds import LatencyTarget
 from .parallel import ALONE, Group
-from .plan import LayerPlan, Plan
-from .prepare import Prepared, Settings, count_flops
-from .progress import progress_bar
-from .refine import Refinement, refine_model
-from .report import LayerReport, Report
+from .plan import Plan
+from .prepare import Prepared, Settings
+from .refine import Refinement
 from .result import Result
 from .runtime.layer_timing import check_runtime
 from .sensitivity import measure
 from .shares import uniform
 from .solvers import Solver
-from .user_model import restore
 
 
 def compress(
@@ -333,172 +319,3 @@ def make_plan(
         return analysis.allocate(keep)
     add_latency(prepared, analysis, latency)
     return allocate_measured(prepared, analysis, keep, latency)[0]
-
-
-def carry_out(
-    prepared: Prepared,
-    plan: Plan,
-    loss: str,
-    refinement: Refinement | None,
-    store: Store | None,
-    progress: bool,
-) -> Result:
-    """What `apply` does, for a model that is prepared and whose ``work`` is not changed yet."""
-    work, settings = prepared.work, prepared.settings
-    planned = {layer.name: layer for layer in plan.layers if layer.form != "dense"}
-    chosen = [site for site in prepared.chosen if site.name in planned]
-    rows: dict[str, LayerReport] = {}
-    built: dict[str, dict[str, Any]] = {}
-    count = prepared.sample_count
-    progress = progress and prepared.group.rank == 0
-    # The original takes about as long as fitting all layers: a bar in samples, then in layers.
-    bar = progress_bar("original responses", 2 * count, show=progress)
-    with bar as advance, full_precision(), prepared.spill as spill:
-        references = prepared.references(advance)
-        names = [site.name for site in chosen]
-        frontier = None
-        if settings.asymmetric:
-            frontier = Frontier(work, prepared.batches, names, spill)
-        for site in chosen:
-            advance(0, description=f"fitting {site.name}")
-            began = time.perf_counter()
-            layer = work.get_submodule(site.name)
-
-            groups = prepared.costs[site.name].groups
-
-            @cache
-            def parts(site: LayerSite = site, layer: nn.Module = layer) -> list[LayerIO]:
-                calls = references.calls(site.name)
-                inputs = frontier.inputs(site.name, calls) if frontier else None
-                return layer_parts(layer, site, references, prepared.sampler, inputs)
-
-            decompositions = []
-            for group in range(groups):
-
-                def fitted(name: str = site.name, group: int = group) -> Decomposition:
-                    return _fit(prepared, planned[name], parts()[group])
-
-                if store is None:
-                    decompositions.append(fitted())
-                else:
-                    piece = site.name if groups == 1 else f"{site.name}, group {group}"
-                    decompositions.append(store.part("layers").decomposition(piece, fitted))
-            energies = response_energies(references, site, groups, prepared.group)
-            references.release(site.name)
-            module = adapter_for(layer).build(layer, *decompositions)
-            set_module(work, site.name, module)
-            built[site.name] = {
-                "type": type(module).__name__,
-                "arguments": module.plan(),
-                "activation": site.activation,
-            }
-            row = LayerReport(
-                site.name,
-                type(layer).__name__,
-                _shape(layer.weight),
-                seconds=time.perf_counter() - began,
-                **summarise(decompositions, energies),
-            )
-            row.notes += prepared.notes(site.name)
-            rows[site.name] = row
-            advance(count / max(len(chosen), 1))
-    reasons = dict(prepared.reasons)
-    reasons.update({s.name: "dense in the plan" for s in prepared.chosen if s.name not in planned})
-    report = _report(prepared, plan, rows, reasons)
-    report.settings = {
-        **settings.as_dict(),
-        "solver": settings.solver.name,
-        "allocation": plan.allocation,
-        "calibration_samples": count,
-        "device": prepared.ops.device,
-    }
-    if refinement is not None:
-        part = None if store is None else store.part("refinement")
-        report.refinement = refine_model(prepared, list(planned), refinement, loss, part, progress)
-    value = plan.as_dict()
-    for layer in value["layers"]:
-        layer.update(built.get(layer["name"], {}))
-    value["folded"] = [
-        {"layer": site.name, "batch_norm": site.batch_norm}
-        for site in prepared.sites.values()
-        if site.batch_norm is not None
-    ]
-    return Result(restore(prepared.work, prepared.source), report, value, prepared.example)
-
-
-def _fit(prepared: Prepared, planned: LayerPlan, arrays: LayerIO) -> Decomposition:
-    settings, structure = prepared.settings, planned.structure
-    how = {
-        "solver": settings.solver,
-        "objective": settings.objective,
-        "ridge": settings.ridge,
-        "held_out": settings.held_out,
-        "device": prepared.ops.device,
-    }
-    if structure is None:
-        budget = prepared.costs[planned.name].budget(planned.limits, settings.multiple)
-        form = prepared.form(planned.name, budget) if planned.form == "auto" else planned.form
-        return fit(arrays, budget=budget, form=form, **how)
-    return fit(arrays, form=structure.form, **_sizes(structure), **how)
-
-
-def _sizes(structure: Structure) -> dict[str, int]:
-    """A structure as `fit` is asked for it."""
-    kept = "columns" if structure.form == "columns" else "channels"
-    sizes = {kept: structure.s, "rank": structure.k}
-    return sizes if structure.r is None else {**sizes, "basis_rows": structure.r}
-
-
-def _shape(weight: torch.Tensor) -> str:
-    return "x".join(str(size) for size in weight.shape)
-
-
-def _report(
-    prepared: Prepared, plan: Plan, layers: dict[str, LayerReport], reasons: dict[str, str]
-) -> Report:
-    original, work, batch = prepared.original, prepared.work, prepared.first_sample
-    sites = prepared.sites
-    flops, by_module = count_flops(original, batch)
-    flops_kept, kept_by_module = count_flops(work, batch)
-    rows = []
-    for name in sites:
-        before, after = original.get_submodule(name), work.get_submodule(name)
-        row = layers.get(name)
-        if row is None:
-            kind, shape = type(before).__name__, _shape(before.weight)
-            row = LayerReport(name, kind, shape, "dense", reasons[name])
-            row.notes = prepared.notes(name)
-        row.params = sum(p.numel() for p in before.parameters())
-        row.params_kept = sum(p.numel() for p in after.parameters())
-        row.flops = by_module.get(name, 0)
-        row.flops_kept = kept_by_module.get(name, 0)
-        rows.append(row)
-    for name, module in original.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
-        if own and name not in sites:
-            count = sum(p.numel() for p in module.parameters(recurse=False))
-            inside = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
-            spent = by_module.get(name, 0) - sum(by_module.get(child, 0) for child in inside)
-            what = "a bare parameter" if inside else type(module).__name__
-            rows.append(
-                LayerReport(
-                    name or "(model)",
-                    type(module).__name__,
-                    _shape(max(own, key=torch.numel)),
-                    "dense",
-                    f"{what} is not compressed",
-                    params=count,
-                    params_kept=count,
-                    flops=spent,
-                    flops_kept=spent,
-                )
-            )
-    return Report(
-        plan.keep,
-        sum(p.numel() for p in original.parameters()),
-        sum(p.numel() for p in work.parameters()),
-        flops,
-        flops_kept,
-        0.0,
-        rows,
-    )

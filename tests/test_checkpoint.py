@@ -144,7 +144,7 @@ def data():
 
 
 def test_finished_layers_are_not_fitted_again(data, tmp_path, monkeypatch):
-    module = sys.modules["slr_gpu.compress"]
+    module = sys.modules["slr_gpu.carry_out"]
     run = {"allocation": "uniform", "checkpoint": tmp_path / "pieces", "progress": False}
     first = slr_gpu.compress(small(), data, {"params": 0.7}, **run)
 

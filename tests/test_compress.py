@@ -113,7 +113,7 @@ def test_same_seed_same_bits(model, data):
 
 
 def test_compressed_model_is_made_of_its_decompositions(model, data, monkeypatch):
-    module = sys.modules["slr_gpu.compress"]
+    module = sys.modules["slr_gpu.carry_out"]
     kept = {}
 
     def remember(layer_io, **settings):

@@ -77,6 +77,7 @@ ORDER = [
     "training",
     "refine",
     "result",
+    "carry_out",
     "compress",
     "demo",
     "cli_inputs",

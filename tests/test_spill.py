@@ -180,7 +180,7 @@ def test_errors_leave_nothing(tmp_path, monkeypatch):
         assert list(tmp_path.glob("*/*"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("slr_gpu.compress"), "fit", fails)
+    monkeypatch.setattr(importlib.import_module("slr_gpu.carry_out"), "fit", fails)
     with pytest.raises(KeyboardInterrupt):
         compress(data, tmp_path, memory_limit=0, allocation="uniform")
     assert not list(tmp_path.iterdir())

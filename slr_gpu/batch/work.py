@@ -29,9 +29,10 @@ from torch import nn
 
 from ..analysis import Analysis
 from ..batches import run_model
+from ..carry_out import carry_out
 from ..checkpoint import Store, as_stored, changes, fingerprint
 from ..cli_inputs import calibration_data, import_object, load_model
-from ..compress import carry_out, check_budget, make_plan
+from ..compress import check_budget, make_plan
 from ..errors import InputError, ModelError, SLRError, complain
 from ..export import export_model
 from ..layer_seconds import LatencyTarget
