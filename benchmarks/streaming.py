@@ -5,7 +5,7 @@ making them costs nothing. Out: seconds of making the `LayerIO` (for blocks, the
 of `slr_gpu.fit`, passes, the held-out error, and the peak resident memory of the process
 (`resource.getrusage`), each run being a process of its own:
 
-    python -m benchmarks.streaming --gigabytes 50 --compare --out streaming.json
+    python -m benchmarks.streaming run --gigabytes 50 --compare --out streaming.json
 
 With ``--compare`` as many of the rows as fit are fitted from memory too, and from blocks once more
 if these are fewer; the ratio of the two is of equal numbers of rows.

@@ -5,7 +5,7 @@ on host arrays, the process's peak memory (`resource.getrusage`), and the held-o
 activation beside that of the truncated SVD of the weight with as many numbers. Every layer is
 fitted in a process of its own, so that the peak is its own:
 
-    python -m benchmarks.wide_layers --out wide_layers.json
+    python -m benchmarks.wide_layers every --out wide_layers.json
 """
 
 from __future__ import annotations
