@@ -52,6 +52,7 @@ class Run:
 
     keep: dict[str, float]
     allocation: str
+    tolerance: float | None
     refined: bool
     achieved: dict[str, float]
     accuracy_before: float
@@ -85,7 +86,7 @@ def main(
     form: Annotated[str, typer.Option(help="Form of the layers.")] = "auto",
     multiple: Annotated[int, typer.Option(help="r, s and k in blocks of so many channels.")] = 16,
     tolerance: Annotated[
-        float, typer.Option(help="Part of the predicted loss to give up for less work.")
+        float, typer.Option(help="With FLOPs: part of the loss to give up for less work.")
     ] = TOLERANCE,
     seed: Annotated[int, typer.Option(help="Of the calibration images and rows.")] = 0,
     symmetric: Annotated[bool, typer.Option(help="Inputs from the original network.")] = False,
@@ -133,9 +134,8 @@ def main(
         dense = Path(folder) / "dense.onnx"
         export_model(original, dense, (calibration[:1],))
         for name, budget in itertools.product(allocation, budgets):
-            plan = None
-            if "latency" not in budget:  # met by measuring, so not from the analysis alone
-                plan = analysis(name).allocate(budget, tolerance=tolerance)
+            by_time = "latency" in budget  # met by measuring, so not from the analysis alone
+            plan = None if by_time else analysis(name).allocate(budget, tolerance=tolerance)
             began = time.perf_counter()
             if plan is None:
                 result = slr_gpu.compress(
@@ -149,6 +149,7 @@ def main(
                 Run(
                     budget,
                     name,
+                    tolerance if "flops" in budget and not by_time else None,
                     bool(refinement),
                     result.report.achieved,
                     before.accuracy,
@@ -170,7 +171,6 @@ def main(
             # Written after each: a run that is cut short leaves what it has.
             if out is not None:
                 facts = {
-                    "tolerance": tolerance,
                     "model": model,
                     "images": images,
                     "test_images": len(labels),
