@@ -34,7 +34,7 @@ from benchmarks.vgg_layers import VGG, Setting, default_cache
 from slr_gpu.curves import Candidate, candidates
 from slr_gpu.deploy import choose_graphs
 from slr_gpu.export import export_model
-from slr_gpu.prepare import count_flops
+from slr_gpu.flops import count_flops
 from slr_gpu.report import Report
 from slr_gpu.support import SupportSearch
 

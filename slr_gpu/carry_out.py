@@ -21,12 +21,13 @@ from .capture import full_precision, layer_parts, response_energies
 from .checkpoint import Store
 from .decomposition import Decomposition, Structure
 from .fit import fit
+from .flops import count_flops
 from .frontier import Frontier
 from .graph import LayerSite, set_module
 from .grouped import summarise
 from .layer_io import LayerIO
 from .plan import LayerPlan, Plan
-from .prepare import Prepared, count_flops
+from .prepare import Prepared
 from .progress import progress_bar
 from .refine import Refinement, refine_model
 from .report import LayerReport, Report

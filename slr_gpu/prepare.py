@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .adapters import adapter_for
 from .batches import Batch, Batches, by_position, first_samples, first_tensor, run_model
@@ -24,6 +23,7 @@ from .budget import LayerCost
 from .calibration import as_batches
 from .capture import References, Sampler, record_references
 from .errors import InputError, ModelError, complain
+from .flops import count_flops
 from .graph import LayerSite, find_sites, fold_batch_norm
 from .layer_budget import BLOCK, LayerBudget, check_form
 from .lowering import lower
@@ -322,34 +322,6 @@ class Prepared:
             "params": sum(p.numel() for p in self.work.parameters()),
             "flops": count_flops(self.work, self.first_sample)[0] / 2,
         }
-
-
-# The kernel of scaled_dot_product_attention that CPUs use is missing in torch's list.
-_FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda q, k, v, *args, out_shape=None, **settings: sdpa_flop_count(q, k, v)
-    )
-}
-
-
-def count_flops(model: nn.Module, batch: Batch) -> tuple[int, dict[str, int]]:
-    """FLOPs of one call, in total and by module, as torch counts them."""
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    # It fails on modules that are called with a trainable parameter.
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    try:
-        with torch.no_grad(), counter:
-            run_model(model, batch)
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-    root = type(model).__name__
-    by_module = {
-        name.removeprefix(f"{root}.") if name != root else "": sum(counts.values())
-        for name, counts in counter.get_flop_counts().items()
-    }
-    return counter.get_total_flops(), by_module
 
 
 def _match(pattern: str, names: list[str], what: str) -> list[str]:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import slr_gpu
 from slr_gpu.cli import app
-from slr_gpu.prepare import count_flops
+from slr_gpu.flops import count_flops
 from slr_gpu.report import Report
 
 README = Path(__file__).parent.parent / "README.md"

@@ -16,9 +16,9 @@ from torch import nn
 import slr_gpu
 from slr_gpu.calibration import as_batches
 from slr_gpu.capture import Sampler, record_references
+from slr_gpu.flops import count_flops
 from slr_gpu.frontier import Frontier
 from slr_gpu.graph import find_sites
-from slr_gpu.prepare import count_flops
 
 
 def small_network() -> nn.Sequential:

@@ -10,8 +10,8 @@ from torch import nn
 
 import slr_gpu
 from slr_gpu.adapters import adapter_for, build_from_plan
+from slr_gpu.flops import count_flops
 from slr_gpu.grouped import split, summarise
-from slr_gpu.prepare import count_flops
 
 
 def decomposed(layer, forms):

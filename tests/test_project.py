@@ -49,6 +49,7 @@ ORDER = [
     "attention",
     "lowering",
     "batches",
+    "flops",
     "spill",
     "sample_files",
     "calibration",

@@ -16,9 +16,9 @@ from slr_gpu import LayerBudget, LayerIO, Majorize, Structure, Zhang
 from slr_gpu.adapters import adapter_for, build_from_plan
 from slr_gpu.curves import candidates
 from slr_gpu.decomposition import Decomposition
+from slr_gpu.flops import count_flops
 from slr_gpu.layer_budget import Limit
 from slr_gpu.ops import NumpyOps
-from slr_gpu.prepare import count_flops
 from slr_gpu.problem import ResponseProblem
 
 CONVS = {2: nn.Conv2d, 3: nn.Conv3d}
