@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from .decomposition import Decomposition
 from .grouped import SLRGroupedConv
-from .layers import CONVS, SLRConv1d, SLRConv2d, SLRConv3d, SLRLinear
+from .layers import SLRConv1d, SLRConv2d, SLRConv3d, SLRLinear
+from .pieces import CONVS
 
 
 class _Adapter:

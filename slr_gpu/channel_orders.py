@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import activations
-from .layers import CONVS, SLRLinear, _ColumnGather, _Select, _SLRConvNd
+from .layers import SLRConvNd, SLRLinear
+from .pieces import CONVS, ColumnGather, Select
 
 # Names of modules and functions, without case and underscores.
 _ELEMENTWISE = {
@@ -167,7 +168,7 @@ def fold_orders(model: nn.Module) -> list[str]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (_SLRConvNd, SLRLinear)) or super().is_leaf_module(module, name)
+        return isinstance(module, (SLRConvNd, SLRLinear)) or super().is_leaf_module(module, name)
 
 
 class _Spaces:
@@ -318,7 +319,7 @@ def _passes(name: str, dims: int) -> bool:
 
 def _dims(module: nn.Module) -> int | None:
     """Spatial dimensions of a layer that mixes channels, 0 for linear ones; None for others."""
-    if isinstance(module, _SLRConvNd):
+    if isinstance(module, SLRConvNd):
         return module.dims
     if type(module) in (nn.Linear, SLRLinear):
         return 0
@@ -344,9 +345,9 @@ def _wanted(reader: nn.Module) -> tuple[list[int], list[int]]:
     every = list(range(_width(reader)))
     if isinstance(reader, SLRLinear) and not reader.entries:
         kept = reader.kept
-    elif isinstance(reader, _SLRConvNd) and reader.form == "channels":
+    elif isinstance(reader, SLRConvNd) and reader.form == "channels":
         kept = reader.kept
-    elif isinstance(reader, _SLRConvNd) and reader.form == "columns" and not reader.rank:
+    elif isinstance(reader, SLRConvNd) and reader.form == "columns" and not reader.rank:
         # Only as a gather; the dense kernel of such a layer is the layer multiplied out.
         kept = sorted({column // math.prod(reader.kernel_size) for column in reader.kept})
     else:
@@ -356,7 +357,7 @@ def _wanted(reader: nn.Module) -> tuple[list[int], list[int]]:
 
 def _reorder(module: nn.Module, order: Tensor) -> None:
     """Put the output channels of a layer, or the channels of a BatchNorm, into an order."""
-    if isinstance(module, (_SLRConvNd, SLRLinear)):
+    if isinstance(module, (SLRConvNd, SLRLinear)):
         for name in ("U", "A"):
             if hasattr(module, name):
                 _reorder(getattr(module, name), order)
@@ -387,23 +388,23 @@ def _take_columns(module: nn.Module, order: Tensor) -> None:
 def _read_in_order(reader: nn.Module, order: Tensor) -> None:
     """Let a layer find input ``order[i]`` at place i."""
     place = {channel: position for position, channel in enumerate(order.tolist())}
-    if not isinstance(reader, (_SLRConvNd, SLRLinear)):
+    if not isinstance(reader, (SLRConvNd, SLRLinear)):
         _take_columns(reader, order)
         return
     by_index = isinstance(reader, SLRLinear) or reader.form == "channels"
     if by_index and reader.kept:
         dim = reader.select_A.dim
         kept, others = _wanted(reader)
-        reader.select_A = _Select([place[channel] for channel in kept], dim)
+        reader.select_A = Select([place[channel] for channel in kept], dim)
         if not reader.rank and len(kept) == len(order):
             reader.select_A = nn.Identity()
         if reader.rank and not isinstance(reader.select_V, nn.Identity):
-            reader.select_V = _Select([place[channel] for channel in others], dim)
+            reader.select_V = Select([place[channel] for channel in others], dim)
             return
-    elif not by_index and isinstance(getattr(reader, "gather", None), _ColumnGather):
+    elif not by_index and isinstance(getattr(reader, "gather", None), ColumnGather):
         taps = math.prod(reader.kernel_size)
         columns = [place[column // taps] * taps + column % taps for column in reader.kept]
-        reader.gather = _ColumnGather(columns, reader.kernel_size, reader.stride, reader.dilation)
+        reader.gather = ColumnGather(columns, reader.kernel_size, reader.stride, reader.dilation)
     for module in _first_layers(reader):
         _take_columns(module, order)
 

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from .channel_orders import fold_orders
 from .graph import set_module
 from .layer_budget import BLOCK
-from .layers import CONVS, SLRLinear, _ScatteredWeight, _SLRConvNd, _SparseKernelConv
+from .layers import SLRConvNd, SLRLinear
+from .pieces import CONVS, ScatteredWeight, SparseKernelConv
 
 WIDEN = 16  # zeros may be this part of a linear layer's weights
 DENSE = "dense"
@@ -67,7 +68,7 @@ def decomposed_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (_SLRConvNd, SLRLinear))
+        if isinstance(module, (SLRConvNd, SLRLinear))
     }
 
 
@@ -94,9 +95,9 @@ def graphs_of(module: nn.Module) -> tuple[str, ...]:
 def _rewrite(module: nn.Module, graph: str) -> None:
     """Let a decomposed layer compute by a graph, in place."""
     for name, part in list(module.named_children()):
-        if isinstance(part, _SparseKernelConv):
+        if isinstance(part, SparseKernelConv):
             setattr(module, name, _dense_kernel(part))
-        elif isinstance(part, _ScatteredWeight):
+        elif isinstance(part, ScatteredWeight):
             setattr(module, name, _dense_entries(part))
     if graph == "widened":
         _widen(module)
@@ -131,7 +132,7 @@ def multiplied_out(module: nn.Module) -> nn.Module:
     )
 
 
-def _scattered(flat: Tensor, columns: list[int], module: _SLRConvNd) -> Tensor:
+def _scattered(flat: Tensor, columns: list[int], module: SLRConvNd) -> Tensor:
     """A kernel with these columns (n, len(columns)) and zeros elsewhere."""
     width = module.in_channels * math.prod(module.kernel_size)
     weight = flat.new_zeros(len(flat), width).index_copy(1, torch.tensor(columns), flat)
@@ -157,14 +158,14 @@ def _layer(weight: Tensor, bias: Tensor | None, **settings: Any) -> nn.Module:
     return layer.eval()
 
 
-def _dense_kernel(module: _SparseKernelConv) -> nn.Module:
+def _dense_kernel(module: SparseKernelConv) -> nn.Module:
     n, *rest = module.full_shape
     flat = module.weight.new_zeros(n, torch.Size(rest).numel())
     kernel = flat.index_copy(1, module.columns, module.weight).reshape(module.full_shape)
     return _layer(kernel, None, **module.settings)
 
 
-def _dense_entries(module: _ScatteredWeight) -> nn.Module:
+def _dense_entries(module: ScatteredWeight) -> nn.Module:
     flat = module.weight.new_zeros(torch.Size(module.shape).numel())
     weight = flat.index_copy(0, module.index, module.weight).reshape(module.shape)
     layer = _layer(weight, module.bias, **module.settings)
@@ -188,7 +189,7 @@ def _blocks(channels: int) -> int:
     return -(-channels // BLOCK)
 
 
-def _split_basis(module: _SLRConvNd, graph: str) -> None:
+def _split_basis(module: SLRConvNd, graph: str) -> None:
     """Give each part its own rows of the basis."""
     basis, s = module.basis, len(module.kept)
     settings = {

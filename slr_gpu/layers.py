@@ -24,157 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .decomposition import Decomposition
-
-CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
-MOST_SLICES = 4
-
-
-def _runs(indices: list[int]) -> list[tuple[int, int]]:
-    """(start, length) of each run of neighbours, in order."""
-    runs: list[tuple[int, int]] = []
-    for index in indices:
-        if runs and index == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((index, 1))
-    return runs
-
-
-class _Select(nn.Module):
-    """Pick entries along a dimension: a few slices where they are neighbours, else a gather."""
-
-    def __init__(self, indices: list[int], dim: int) -> None:
-        super().__init__()
-        self.dim, self.slices = dim, _runs(indices)
-        if not 0 < len(self.slices) <= MOST_SLICES:
-            self.slices = []
-            index = torch.tensor(indices, dtype=torch.int64)
-            self.register_buffer("index", index, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.slices:
-            return x.index_select(self.dim, self.index)
-        parts = [x.narrow(self.dim, start, length) for start, length in self.slices]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-
-class _ColumnGather(nn.Module):
-    """The im2col columns S of x as channels, at the positions where the kernel is applied."""
-
-    def __init__(
-        self,
-        columns: list[int],
-        kernel_size: tuple[int, ...],
-        stride: tuple[int, ...],
-        dilation: tuple[int, ...],
-    ) -> None:
-        super().__init__()
-        self.stride, self.dilation, self.kernel_size = stride, dilation, kernel_size
-        taps, self.channel_dim = math.prod(kernel_size), -len(kernel_size) - 1
-        # In the order in which they are handed over: tap by tap.
-        self.columns: list[int] = []
-        self.offsets, selects = [], []
-        for tap, offset in enumerate(np.ndindex(*kernel_size)):
-            found = [c for c in columns if c % taps == tap]
-            if found:
-                self.columns += found
-                self.offsets.append(offset)
-                selects.append(_Select([c // taps for c in found], self.channel_dim))
-        self.selects = nn.ModuleList(selects)
-
-    def forward(self, padded: Tensor) -> Tensor:
-        dims = range(len(self.kernel_size))
-        before = padded.ndim - len(dims)
-        size = [
-            (padded.shape[before + d] - self.dilation[d] * (self.kernel_size[d] - 1) - 1)
-            // self.stride[d]
-            + 1
-            for d in dims
-        ]
-        parts = []
-        for offset, select in zip(self.offsets, self.selects, strict=True):
-            window: list[Any] = [slice(None)] * before
-            for d in dims:
-                start = offset[d] * self.dilation[d]
-                stop = start + (size[d] - 1) * self.stride[d] + 1
-                window.append(slice(start, stop, self.stride[d]))
-            parts.append(select(padded[tuple(window)]))
-        return torch.cat(parts, self.channel_dim)
-
-
-class _SparseKernelConv(nn.Module):
-    """A convolution whose kernel is stored on some im2col columns and zero on the others."""
-
-    def __init__(self, columns: list[int], full_shape: tuple[int, ...], settings: dict) -> None:
-        super().__init__()
-        self.full_shape, self.settings = full_shape, settings
-        self.weight = nn.Parameter(torch.empty(full_shape[0], len(columns)))
-        self.register_buffer("columns", torch.tensor(columns), persistent=False)
-
-    def forward(self, padded: Tensor) -> Tensor:
-        flat = self.weight.new_zeros(self.full_shape[0], math.prod(self.full_shape[1:]))
-        kernel = flat.index_copy(1, self.columns, self.weight).reshape(self.full_shape)
-        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.full_shape) - 3]
-        return conv(padded, kernel, **self.settings)
-
-
-class _ScatteredWeight(nn.Module):
-    """A dense convolution or linear layer whose weight is stored as its entries that are not zero.
-
-    Only those are parameters, so training leaves the others at zero. The operation itself is
-    dense: stock runtimes skip no zeros.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        entries: int,
-        *,
-        bias: bool,
-        padding_mode: str = "zeros",
-        **settings: Any,
-    ) -> None:
-        super().__init__()
-        self.shape, self.settings = tuple(shape), settings
-        self.weight = nn.Parameter(torch.empty(entries))
-        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
-        # Where the entries go in the flat weight: part of the state, a plan should stay short.
-        self.register_buffer("index", torch.zeros(entries, dtype=torch.int64))
-        self.pad, self.mode = (), padding_mode
-        if padding_mode != "zeros":
-            Conv = CONVS[len(shape) - 2]
-            reference = Conv(1, 1, shape[2:], padding_mode=padding_mode, **settings)
-            self.pad = tuple(reference._reversed_padding_repeated_twice)
-            self.settings = {**settings, "padding": 0}
-
-    def dense(self) -> Tensor:
-        """The weight with zeros between the entries."""
-        flat = self.weight.new_zeros(math.prod(self.shape))
-        return flat.index_copy(0, self.index, self.weight).reshape(self.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.dense()
-        if len(self.shape) == 2:
-            return F.linear(x, weight, self.bias)
-        if any(self.pad):
-            x = F.pad(x, self.pad, mode=self.mode)
-        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.shape) - 3]
-        return conv(x, weight, self.bias, **self.settings)
-
-    @torch.no_grad()
-    def assign(self, decomposition: Decomposition) -> None:
-        """Copy the entries of A in."""
-        d = decomposition
-        rows, kept = np.nonzero(d.A)
-        self.index.copy_(torch.from_numpy(rows * d.width + d.columns[kept]))
-        self.weight.copy_(torch.from_numpy(d.A[rows, kept]))
-
+from .pieces import CONVS, ColumnGather, ScatteredWeight, Select, SparseKernelConv, sum_of
 
 _FACTS = {
     getattr(Tensor, name).__get__
@@ -235,7 +85,7 @@ class Decomposed(nn.Module):
             parts.append(self.A(self.select_A(x)))
         if self.entries:
             parts.append(self.A(x))
-        return _sum(parts)
+        return sum_of(parts)
 
     def _joined(self, width: int, rest: int) -> Tensor:
         """``A + U V`` (n, width) from factors with `rest` trailing numbers a column."""
@@ -258,7 +108,7 @@ class Decomposed(nn.Module):
         return self.A.weight
 
 
-class _SLRConvNd(Decomposed):
+class SLRConvNd(Decomposed):
     """A convolution as column-sparse plus low-rank.
 
     Parameters
@@ -323,14 +173,14 @@ class _SLRConvNd(Decomposed):
             self._columns_parts(rest)
         else:
             if self.kept:
-                self.select_A = _Select(self.kept, -self.dims - 1)
+                self.select_A = Select(self.kept, -self.dims - 1)
                 self.A = Conv(len(self.kept), out_channels, bias=not rank, **settings)
             if entries:
                 shape = (out_channels, in_channels, *self.kernel_size)
                 where = {name: settings[name] for name in settings if name != "kernel_size"}
-                self.A = _ScatteredWeight(shape, entries, bias=not rank, **where)
+                self.A = ScatteredWeight(shape, entries, bias=not rank, **where)
             if rank:
-                select = _Select(rest, -self.dims - 1)
+                select = Select(rest, -self.dims - 1)
                 self.select_V = nn.Identity() if form == "entries" else select
                 self.V = Conv(len(rest), rank, bias=False, **settings)
         if rank:
@@ -366,12 +216,12 @@ class _SLRConvNd(Decomposed):
         )
         self.pad = tuple(reference._reversed_padding_repeated_twice)
         if self.kept:
-            self.gather = _ColumnGather(self.kept, self.kernel_size, self.stride, self.dilation)
+            self.gather = ColumnGather(self.kept, self.kernel_size, self.stride, self.dilation)
             self.A = Conv(len(self.kept), self.out_channels, 1, bias=not self.rank)
         if self.rank:
             shape = (self.rank, self.in_channels, *self.kernel_size)
             settings = {"stride": self.stride, "dilation": self.dilation}
-            self.V = _SparseKernelConv(rest, shape, settings)
+            self.V = SparseKernelConv(rest, shape, settings)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's own layers call it
         if self.form != "columns":
@@ -384,7 +234,7 @@ class _SLRConvNd(Decomposed):
             parts.append(self.U(self.V(x)))
         if self.kept:
             parts.append(self.A(self.gather(x)))
-        return _sum(parts)
+        return sum_of(parts)
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -464,15 +314,15 @@ class _SLRConvNd(Decomposed):
             self.basis.weight.copy_(basis.reshape(self.basis.weight.shape))
 
 
-class SLRConv1d(_SLRConvNd):
+class SLRConv1d(SLRConvNd):
     dims = 1
 
 
-class SLRConv2d(_SLRConvNd):
+class SLRConv2d(SLRConvNd):
     dims = 2
 
 
-class SLRConv3d(_SLRConvNd):
+class SLRConv3d(SLRConvNd):
     dims = 3
 
 
@@ -502,13 +352,13 @@ class SLRLinear(Decomposed):
         self.in_features, self.out_features = in_features, out_features
         self.kept, self.rank, self.entries = list(kept), rank, entries
         if entries:
-            self.A = _ScatteredWeight((out_features, in_features), entries, bias=not rank)
+            self.A = ScatteredWeight((out_features, in_features), entries, bias=not rank)
         if self.kept:
-            self.select_A = _Select(self.kept, -1)
+            self.select_A = Select(self.kept, -1)
             self.A = nn.Linear(len(self.kept), out_features, bias=not rank)
         if rank:
             rest = sorted(set(range(in_features)) - set(self.kept))
-            self.select_V = _Select(rest, -1) if self.kept else nn.Identity()
+            self.select_V = Select(rest, -1) if self.kept else nn.Identity()
             self.V = nn.Linear(len(rest), rank, bias=False)
             self.U = nn.Linear(rank, out_features)
 

@@ -15,7 +15,7 @@ from torch import nn
 from slr_gpu.adapters import adapter_for
 from slr_gpu.channel_orders import fold_orders
 from slr_gpu.fold import for_deployment
-from slr_gpu.layers import _Select
+from slr_gpu.pieces import Select
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -36,7 +36,7 @@ def decomposed(rng, layer, form, s, k, r=None):
 
 def gathers(model):
     """Selections that are not one slice."""
-    return sum(isinstance(m, _Select) and len(m.slices) != 1 for m in model.modules())
+    return sum(isinstance(m, Select) and len(m.slices) != 1 for m in model.modules())
 
 
 def assert_same(model, x):
@@ -232,7 +232,7 @@ class Untraceable(Functional):
 def test_where_the_order_may_change(Model, folded):
     torch.manual_seed(0)
     reader = decomposed(np.random.default_rng(0), nn.Conv2d(8, 5, 3), "channels", 3, 2)
-    reader.select_A, reader.select_V = _Select([1, 4, 6], 1), _Select([0, 2, 3, 5, 7], 1)
+    reader.select_A, reader.select_V = Select([1, 4, 6], 1), Select([0, 2, 3, 5, 7], 1)
     reader.kept = [1, 4, 6]
     model = Model(reader).eval()
     deployed = assert_same(model, torch.randn(2, 2, 12, 12))

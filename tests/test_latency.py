@@ -16,7 +16,7 @@ import slr_gpu
 from slr_gpu.fold import for_deployment
 from slr_gpu.latency import add_latency, allocate_measured, planned_model
 from slr_gpu.layer_seconds import LatencyTarget
-from slr_gpu.layers import SLRLinear, _SLRConvNd
+from slr_gpu.layers import SLRConvNd, SLRLinear
 from slr_gpu.prepare import Prepared, Settings
 from slr_gpu.runtime.timing import Timings
 from slr_gpu.sensitivity import measure
@@ -164,7 +164,7 @@ def test_planned_models_have_the_planned_structures(prepared, analysis):
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
         if layer.form == "dense":
-            assert not isinstance(module, (_SLRConvNd, SLRLinear))
+            assert not isinstance(module, (SLRConvNd, SLRLinear))
         else:
             assert (len(module.kept), module.rank) == (layer.s, layer.k)
 

@@ -42,6 +42,7 @@ ORDER = [
     "ridge",
     "solvers",
     "fit",
+    "pieces",
     "layers",
     "grouped",
     "adapters",
@@ -86,7 +87,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-TORCH_FREE = ORDER[: ORDER.index("layers")]
+TORCH_FREE = ORDER[: ORDER.index("pieces")]
 
 
 def modules():
