@@ -76,6 +76,7 @@ ORDER = [
     "latency",
     "sensitivity",
     "mixtures",
+    "input_metric",
     "training",
     "refine",
     "result",
