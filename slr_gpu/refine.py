@@ -31,7 +31,6 @@ from .batches import Batches, first_tensor, run_model
 from .capture import full_precision
 from .checkpoint import Store
 from .errors import InputError, complain
-from .input_metric import input_roots
 from .mixtures import Answer, Mixtures, answer_of
 from .output_loss import choose_loss, mean_loss, output_loss
 from .parallel import Group
@@ -57,9 +56,8 @@ class Refinement:
         200 left a KL of 0.0097 on unseen images where 60 left 0.0116, and at 0.067 of its
         parameters 0.0005 of the 0.0014 before any.
     rate : float
-        Largest step of a matrix, by what it changes on average in what the matrix returns, as a
-        fraction of that (`slr_gpu.training`). In proportion smaller where outputs are less than a
-        twentieth off at first: what is near wants small steps.
+        Largest step of a tensor, as a fraction of its root mean square. In proportion smaller
+        where outputs are less than a twentieth off at first: what is near wants small steps.
     temperature : float
         Of the loss where it is `kl` (`slr_gpu.output_loss`). Above 1 confident answers have
         something to teach too, and held-out samples judge by more than the few that are in doubt:
@@ -81,7 +79,7 @@ class Refinement:
     """
 
     epochs: int = 60
-    rate: float = 4e-4
+    rate: float = 1.5e-3
     temperature: float = 3.0
     features: int = 3
     uses: int = 2
@@ -100,7 +98,7 @@ class Refinement:
                 raise InputError(
                     complain(f"{name}={value!r} of the refinement", f"an integer >= {lowest}", "")
                 )
-        for name, usual in (("rate", "4e-4"), ("temperature", "3")):
+        for name, usual in (("rate", "1.5e-3"), ("temperature", "3")):
             value = getattr(self, name)
             if not isinstance(value, numbers.Real) or not value > 0:
                 raise InputError(
@@ -169,9 +167,7 @@ def refine_model(
     rows = [row for of_rank in group.objects(rows) for row in of_rank]
     off, *first_terms = (sum(column) / len(rows) for column in zip(*rows, strict=False))
     parameters = [p for name in names for p in work.get_submodule(name).parameters()]
-    with full_precision():
-        roots = input_roots(work, parameters, fitted, group)
-    trainer = Trainer(parameters, settings.rate * min(1.0, off**0.5 / FAR), group, roots)
+    trainer = Trainer(parameters, settings.rate * min(1.0, off**0.5 / FAR), group)
     # A step sees as many samples as on one rank.
     own = max(1, settings.batch_size // group.size)
     sets = math.ceil(settings.epochs / settings.uses)

@@ -3,11 +3,9 @@
 Matrices and kernels take steps along the polar factor of their averaged gradient, in which all
 directions count alike ("Muon", Jordan et al. 2024). Adam's steps follow the few directions of
 largest gradient: a VGG-16 at a twentieth of its FLOPs was after 60 epochs of these steps at 0.82 of
-the loss after 100 of Adam's, and sooner. Directions are those of the matrix in the metric of what it
-reads, ``W S^1/2`` (`slr_gpu.input_metric`), where that is known: the KL on unseen images after 20
-epochs is then 0.87 times as large at a twentieth of the FLOPs and 0.93 times at a quarter. Vectors
-are left to Adam (Kingma and Ba 2015). Every tensor's step is a fraction of its root mean square, so
-that factors of different scale move alike; the rate rises briefly and falls as half a cosine.
+the loss after 100 of Adam's, and sooner. Vectors are left to Adam (Kingma and Ba 2015). Every
+tensor's step is a fraction of its root mean square, so that factors of different scale move alike;
+the rate rises briefly and falls as half a cosine.
 """
 
 from __future__ import annotations
@@ -22,16 +20,12 @@ from torch import Tensor, nn
 
 from .batches import Batch, run_model
 from .checkpoint import Store
-from .input_metric import Roots
 from .parallel import ALONE, Group
 
 # Of the quintic Newton-Schulz iteration (Jordan et al. 2024): five rounds bring all singular values
 # above a hundredth of the norm to between 0.7 and 1.2, which serves as well as 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
-# Steps of what has no metric beside those of what has one. In a metric all of a step shows in what
-# a layer returns.
-PLAIN = 4.0
 
 
 def polar(matrix: Tensor) -> Tensor:
@@ -64,37 +58,31 @@ class Muon(torch.optim.Optimizer):
     Parameters
     ----------
     params : iterable of parameters or groups
-        Of two axes or more; kernels are taken as matrices, a row an output. A group may name the
-        ``inverse`` root S^-1/2 (m, m) of the metric of its one parameter.
+        Of two axes or more; kernels are taken as matrices, a row an output.
     lr : float
     momentum : float
         Of the average, which looks one step ahead (Nesterov).
     """
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "inverse": None})
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
         """One step on the gradients that there are."""
         for group in self.param_groups:
-            momentum, inverse = group["momentum"], group["inverse"]
+            momentum = group["momentum"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                gradient = p.grad.flatten(1)
-                if inverse is not None:  # that of W S^1/2
-                    gradient = gradient @ inverse
                 state = self.state[p]
                 if not state:
-                    state["average"] = torch.zeros_like(gradient)
-                average = state["average"].lerp_(gradient, 1 - momentum)
-                update = polar(gradient.lerp(average, momentum))
-                if inverse is not None:
-                    update = update @ inverse
+                    state["average"] = torch.zeros_like(p)
+                average = state["average"].lerp_(p.grad, 1 - momentum)
+                matrix = p.grad.lerp(average, momentum).flatten(1)
+                update = polar(matrix).reshape(p.shape)
                 # The polar factor of a full n x m matrix has min(n, m) singular values of 1.
-                length = math.sqrt(max(gradient.shape))
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * length)
+                p.add_(update, alpha=-group["lr"] * math.sqrt(max(matrix.shape)))
 
 
 class Trainer:
@@ -104,32 +92,19 @@ class Trainer:
     ----------
     parameters : list of nn.Parameter
     rate : float
-        Largest step of a matrix with a metric, as a fraction of its root mean square in that as it
-        is now; `PLAIN` times that for others.
+        Largest step of a tensor, as a fraction of its root mean square as it is now.
     group : Group
         Ranks whose gradients are averaged.
-    roots : list of Roots or None, optional
-        The metric of each parameter.
     """
 
-    def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        rate: float,
-        group: Group = ALONE,
-        roots: list[Roots | None] | None = None,
-    ) -> None:
+    def __init__(self, parameters: list[nn.Parameter], rate: float, group: Group = ALONE) -> None:
         self.parameters, self.group = parameters, group
         self.best, self.best_values = math.inf, self._values()
         kinds: dict[type[torch.optim.Optimizer], list[dict]] = {Muon: [], torch.optim.Adam: []}
-        for p, metric in zip(parameters, roots or [None] * len(parameters), strict=True):
-            value, largest, more = p.detach(), PLAIN * rate, {}
-            if metric is not None:
-                value, largest = value.flatten(1) @ metric.root, rate
-                more = {"inverse": metric.inverse}
-            scale = largest * float(value.square().mean().sqrt())
+        for p in parameters:
+            scale = rate * float(p.detach().square().mean().sqrt())
             kind = Muon if p.ndim > 1 else torch.optim.Adam
-            kinds[kind].append({"params": [p], "lr": scale, "scale": scale, **more})
+            kinds[kind].append({"params": [p], "lr": scale, "scale": scale})
         self.optimizers = [kind(groups) for kind, groups in kinds.items() if groups]
 
     def _values(self) -> list[Tensor]:

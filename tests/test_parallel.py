@@ -405,7 +405,7 @@ def test_another_allocation_and_bad_input():
 
 def test_the_joint_refinement_on_ranks():
     """All keep the same weights; of one step on all samples, those of one process."""
-    refine = slr_gpu.Refinement(epochs=1, batch_size=1000, rate=0.1, features=0)
+    refine = slr_gpu.Refinement(epochs=1, batch_size=1000, rate=0.5, features=0)
 
     def refined(group):
         step = compressed(group, refine=refine)

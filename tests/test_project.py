@@ -76,7 +76,6 @@ ORDER = [
     "latency",
     "sensitivity",
     "mixtures",
-    "input_metric",
     "training",
     "refine",
     "result",

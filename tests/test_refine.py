@@ -46,7 +46,7 @@ def test_held_out_loss_falls_and_so_does_that_on_new_samples(data, loss):
     new = nn.functional.interpolate(torch.randn(300, 2, 3, 3), scale_factor=2, mode="bilinear")
     run = {"allocation": "uniform", "loss": loss, "progress": False}
     plain = slr_gpu.compress(model, data, {"flops": 0.25}, **run)
-    refine = slr_gpu.Refinement(epochs=12, rate=1e-3, batch_size=20)
+    refine = slr_gpu.Refinement(epochs=12, rate=3e-3, batch_size=20)
     refined = slr_gpu.compress(model, data, {"flops": 0.25}, refine=refine, **run)
     facts = refined.report.refinement
     assert facts["loss"] == loss and facts["kept"] and facts["after"] < facts["before"]
@@ -70,9 +70,9 @@ def test_steps_are_in_proportion_to_what_outputs_are_off(data, monkeypatch):
     rates, model = [], network()
     held = data[9::10]
 
-    def noting(parameters, rate, group, roots):
+    def noting(parameters, rate, group):
         rates.append(rate)
-        return Trainer(parameters, rate, group, roots)
+        return Trainer(parameters, rate, group)
 
     monkeypatch.setattr("slr_gpu.refine.Trainer", noting)
     run = {"allocation": "uniform", "progress": False}
@@ -183,7 +183,7 @@ def test_kernels_train_with_their_channels_last_where_the_model_allows(
     monkeypatch.setattr(Trainer, "note", look)
     # Not the form of single columns, whose gathers return the usual layout.
     run = {"allocation": "uniform", "form": "rotated", "progress": False}
-    settings = slr_gpu.Refinement(epochs=12, rate=1e-3, batch_size=20)
+    settings = slr_gpu.Refinement(epochs=12, rate=3e-3, batch_size=20)
     found = slr_gpu.compress(make().eval(), data, {"flops": 0.4}, refine=settings, **run)
     assert laid == [last] * 12
     assert found.report.refinement["kept"]

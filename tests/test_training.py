@@ -6,10 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from slr_gpu.calibration import as_batches
 from slr_gpu.checkpoint import Store
-from slr_gpu.input_metric import Roots, input_roots
-from slr_gpu.parallel import ALONE
 from slr_gpu.training import Muon, Trainer, polar
 
 
@@ -84,72 +81,3 @@ def test_what_gets_no_gradient_stays_and_is_stored(tmp_path):
         assert torch.equal(p, again)
     assert torch.equal(whole.parameters[2], torch.ones(2, 2))
     assert not torch.equal(whole.parameters[0], parameters()[0])
-
-
-def test_first_step_in_a_metric_is_along_the_polar_factor_there():
-    torch.manual_seed(0)
-    x = torch.randn(500, 12, dtype=torch.float64) * torch.logspace(0, -1, 12) + 1
-    values, Q = torch.linalg.eigh(x.T @ x / 500)
-    root, inverse = ((Q * v) @ Q.mT for v in (values.sqrt(), values.rsqrt()))
-    kernel = nn.Parameter(torch.randn(4, 3, 2, 2, dtype=torch.float64))
-    before, gradient = kernel.detach().clone(), torch.randn_like(kernel)
-    trainer = Trainer([kernel], 0.1, roots=[Roots(root, inverse)])
-    trainer.step((kernel * gradient).sum(), 0.5)
-    step = (before - kernel.detach()).flatten(1)
-    # The gradient of W S^1/2 by autograd, and its singular directions.
-    coordinates = (before.flatten(1) @ root).requires_grad_()
-    ((coordinates @ inverse).reshape(kernel.shape) * gradient).sum().backward()
-    u, _, vh = torch.linalg.svd(coordinates.grad, full_matrices=False)
-    turned = u.mT @ (step @ root) @ vh.mT
-    assert float((turned - turned.diagonal().diag()).abs().max()) < 1e-9
-    # By how much what the layer returns changes, beside what it returns: half of the rate is left.
-    share = (x @ step.mT).norm() / (x @ before.flatten(1).mT).norm()
-    assert 0.04 < float(share) < 0.06
-
-
-class Reading(nn.Module):
-    """Layers that are called once, twice, in groups and never."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1, stride=2, padding_mode="circular")
-        self.grouped = nn.Conv2d(4, 4, 1, groups=2)
-        self.linear, self.unused = nn.Linear(4, 5), nn.Linear(2, 2)
-
-    def read(self, x):
-        h = self.grouped(self.conv(x).relu())
-        return h.flatten(2).mT, 2 * h[..., 0, 0]
-
-    def forward(self, x):
-        tokens, corner = self.read(x)
-        return self.linear(tokens).mean(1) + self.linear(corner)
-
-
-def test_roots_are_of_the_second_moments_of_what_weights_read():
-    torch.manual_seed(0)
-    model, data = Reading().eval(), torch.randn(40, 3, 6, 8) + 0.5
-    named = dict(model.named_parameters())
-    roots = input_roots(model, list(named.values()), as_batches(data, model, 10), ALONE)
-    found = dict(zip(named, roots, strict=True))
-    assert [name for name in named if found[name]] == ["conv.weight", "linear.weight"]
-    padded = nn.functional.pad(data, (1, 1, 1, 1), mode="circular")
-    with torch.no_grad():
-        tokens, corner = model.read(data)
-    for name, rows in (
-        ("conv.weight", nn.functional.unfold(padded, 3, stride=2).mT.flatten(0, 1)),
-        ("linear.weight", torch.cat([tokens.flatten(0, 1), corner])),
-    ):
-        rows = rows.double()
-        S = rows.mT @ rows / len(rows)
-        S += 1e-3 * S.diagonal().mean() * torch.eye(len(S))
-        root, inverse = (root.double() for root in found[name])
-        torch.testing.assert_close(root @ root, S, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(root @ inverse, torch.eye(len(S)).double(), rtol=0, atol=1e-4)
-
-
-def test_wide_layers_have_no_roots(monkeypatch):
-    monkeypatch.setattr("slr_gpu.input_metric.WIDEST", 30)
-    model = nn.Sequential(nn.Linear(31, 30), nn.Linear(30, 2))
-    parameters = list(model.parameters())
-    roots = input_roots(model, parameters, as_batches(torch.randn(9, 31), model, 5), ALONE)
-    assert [r is None for r in roots] == [True, True, False, True]
