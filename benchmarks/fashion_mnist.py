@@ -134,8 +134,9 @@ def main(
         dense = Path(folder) / "dense.onnx"
         export_model(original, dense, (calibration[:1],))
         for name, budget in itertools.product(allocation, budgets):
-            by_time = "latency" in budget  # met by measuring, so not from the analysis alone
-            plan = None if by_time else analysis(name).allocate(budget, tolerance=tolerance)
+            plan = None
+            if "latency" not in budget:  # met by measuring, so not from the analysis alone
+                plan = analysis(name).allocate(budget, tolerance=tolerance)
             began = time.perf_counter()
             if plan is None:
                 result = slr_gpu.compress(
@@ -149,7 +150,7 @@ def main(
                 Run(
                     budget,
                     name,
-                    tolerance if "flops" in budget and not by_time else None,
+                    tolerance if plan is not None and "flops" in budget else None,
                     bool(refinement),
                     result.report.achieved,
                     before.accuracy,

@@ -14,7 +14,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from .adapters import adapter_for
 from .capture import full_precision, layer_parts, response_energies
@@ -23,7 +22,7 @@ from .decomposition import Decomposition, Structure
 from .fit import fit
 from .flops import count_flops
 from .frontier import Frontier
-from .graph import LayerSite, set_module
+from .graph import set_module
 from .grouped import summarise
 from .layer_io import LayerIO
 from .plan import LayerPlan, Plan
@@ -98,7 +97,7 @@ def _replace_layers(
             layer = work.get_submodule(site.name)
 
             @cache  # not called where all groups of the layer are in the store
-            def parts(site: LayerSite = site, layer: nn.Module = layer) -> list[LayerIO]:
+            def parts() -> list[LayerIO]:
                 calls = references.calls(site.name)
                 inputs = frontier.inputs(site.name, calls) if frontier else None
                 return layer_parts(layer, site, references, prepared.sampler, inputs)

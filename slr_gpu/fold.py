@@ -96,7 +96,7 @@ def _rewrite(module: nn.Module, graph: str) -> None:
     """Let a decomposed layer compute by a graph, in place."""
     for name, part in list(module.named_children()):
         if isinstance(part, SparseKernelConv):
-            setattr(module, name, _dense_kernel(part))
+            setattr(module, name, _layer(part.dense(), None, **part.settings))
         elif isinstance(part, ScatteredWeight):
             setattr(module, name, _dense_entries(part))
     if graph == "widened":
@@ -158,20 +158,11 @@ def _layer(weight: Tensor, bias: Tensor | None, **settings: Any) -> nn.Module:
     return layer.eval()
 
 
-def _dense_kernel(module: SparseKernelConv) -> nn.Module:
-    n, *rest = module.full_shape
-    flat = module.weight.new_zeros(n, torch.Size(rest).numel())
-    kernel = flat.index_copy(1, module.columns, module.weight).reshape(module.full_shape)
-    return _layer(kernel, None, **module.settings)
-
-
 def _dense_entries(module: ScatteredWeight) -> nn.Module:
-    flat = module.weight.new_zeros(torch.Size(module.shape).numel())
-    weight = flat.index_copy(0, module.index, module.weight).reshape(module.shape)
-    layer = _layer(weight, module.bias, **module.settings)
+    layer = _layer(module.dense(), module.bias, **module.settings)
     if any(module.pad):
         mode = {"reflect": "Reflection", "replicate": "Replication", "circular": "Circular"}
-        pad = getattr(nn, f"{mode[module.mode]}Pad{weight.ndim - 2}d")(module.pad)
+        pad = getattr(nn, f"{mode[module.mode]}Pad{len(module.shape) - 2}d")(module.pad)
         return nn.Sequential(pad, layer)
     return layer
 

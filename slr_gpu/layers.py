@@ -24,12 +24,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .decomposition import Decomposition
-from .pieces import CONVS, ColumnGather, ScatteredWeight, Select, SparseKernelConv, sum_of
+from .pieces import CONVS, ColumnGather, ScatteredWeight, Select, SparseKernelConv
 
 _FACTS = {
     getattr(Tensor, name).__get__
     for name in ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_sparse", "is_meta")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex}
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 class _DenseWeight(Tensor):
@@ -85,7 +89,7 @@ class Decomposed(nn.Module):
             parts.append(self.A(self.select_A(x)))
         if self.entries:
             parts.append(self.A(x))
-        return sum_of(parts)
+        return _sum(parts)
 
     def _joined(self, width: int, rest: int) -> Tensor:
         """``A + U V`` (n, width) from factors with `rest` trailing numbers a column."""
@@ -234,7 +238,7 @@ class SLRConvNd(Decomposed):
             parts.append(self.U(self.V(x)))
         if self.kept:
             parts.append(self.A(self.gather(x)))
-        return sum_of(parts)
+        return _sum(parts)
 
     @property
     def dense_shape(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .decomposition import Decomposition
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # More runs of neighbours than these are gathered by index.
 MOST_SLICES = 4
 
@@ -48,10 +49,6 @@ class Select(nn.Module):
             return x.index_select(self.dim, self.index)
         parts = [x.narrow(self.dim, start, length) for start, length in self.slices]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
-
-
-def sum_of(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 class ColumnGather(nn.Module):
@@ -107,11 +104,13 @@ class SparseKernelConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(full_shape[0], len(columns)))
         self.register_buffer("columns", torch.tensor(columns), persistent=False)
 
-    def forward(self, padded: Tensor) -> Tensor:
+    def dense(self) -> Tensor:
+        """The kernel with zeros between the columns."""
         flat = self.weight.new_zeros(self.full_shape[0], math.prod(self.full_shape[1:]))
-        kernel = flat.index_copy(1, self.columns, self.weight).reshape(self.full_shape)
-        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.full_shape) - 3]
-        return conv(padded, kernel, **self.settings)
+        return flat.index_copy(1, self.columns, self.weight).reshape(self.full_shape)
+
+    def forward(self, padded: Tensor) -> Tensor:
+        return _FUNCTIONS[len(self.full_shape) - 2](padded, self.dense(), **self.settings)
 
 
 class ScatteredWeight(nn.Module):
@@ -154,8 +153,7 @@ class ScatteredWeight(nn.Module):
             return F.linear(x, weight, self.bias)
         if any(self.pad):
             x = F.pad(x, self.pad, mode=self.mode)
-        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.shape) - 3]
-        return conv(x, weight, self.bias, **self.settings)
+        return _FUNCTIONS[len(self.shape) - 2](x, weight, self.bias, **self.settings)
 
     @torch.no_grad()
     def assign(self, decomposition: Decomposition) -> None:
