@@ -29,7 +29,8 @@ from benchmarks.store import peak_gib
 from slr_gpu.capture import full_precision, layer_parts
 from slr_gpu.cli_inputs import parse_bytes
 from slr_gpu.frontier import Frontier
-from slr_gpu.prepare import Prepared, Settings
+from slr_gpu.prepare import Prepared
+from slr_gpu.settings import Settings
 
 app = typer.Typer(add_completion=False)
 

@@ -28,7 +28,8 @@ from benchmarks.models import load_weights
 from benchmarks.store import machine, peak_gib
 from benchmarks.train_fashion_mnist import find_factory
 from slr_gpu.analysis import TOLERANCE
-from slr_gpu.cli_inputs import Refine, RefineEpochs, make_refinement, parse_keep
+from slr_gpu.cli_inputs import make_refinement, parse_keep
+from slr_gpu.cli_options import Refine, RefineEpochs
 from slr_gpu.export import export_model
 
 app = typer.Typer(add_completion=False)

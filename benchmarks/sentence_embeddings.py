@@ -29,7 +29,8 @@ from torch import nn
 
 import slr_gpu
 from benchmarks.vgg_layers import default_cache
-from slr_gpu.cli_inputs import Refine, make_solver, parse_keep
+from slr_gpu.cli_inputs import make_solver, parse_keep
+from slr_gpu.cli_options import Refine
 
 app = typer.Typer(add_completion=False)
 

@@ -6,31 +6,55 @@ message when the input cannot be worked with.
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperCommand
 
 from .cli_inputs import (
-    Refine,
-    RefineEpochs,
     calibration_data,
     clear_errors,
     import_object,
+    label_models,
     load_data,
     load_model,
     make_refinement,
     make_solver,
     parse_bytes,
     parse_keep,
+    parse_shapes,
 )
-from .errors import BackendError, InputError, complain
+from .cli_options import (
+    Allocation,
+    Asymmetric,
+    BatchSize,
+    Data,
+    Device,
+    Export,
+    Form,
+    Ignore,
+    Keep,
+    KeepEnds,
+    Loss,
+    MemoryLimit,
+    Model,
+    Objective,
+    Out,
+    Picture,
+    Refine,
+    RefineEpochs,
+    Resume,
+    Runtime,
+    Samples,
+    Seed,
+    Solver,
+    SpillDir,
+    Threads,
+    Weights,
+)
 from .parallel import ranks
 
 app = typer.Typer(
@@ -40,98 +64,33 @@ app = typer.Typer(
 )
 
 
-def _parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
-    """``input=1x3x224x224``, several times, as a dict."""
-    shapes = {}
-    for text in texts:
-        name, _, sizes = text.rpartition("=")
-        parts = sizes.split("x")
-        if not name or not all(part.isdigit() and int(part) for part in parts):
-            raise InputError(
-                complain(f"--shape {text!r}", "input=1x3x224x224", "Repeat it for several inputs.")
-            )
-        shapes[name] = tuple(map(int, parts))
-    return shapes
-
-
-def _label_models(paths: list[Path]) -> dict[str, list[Path]]:
-    """Labels of model files; files that differ only in their ending are one model."""
-    stems = list(dict.fromkeys(path.with_suffix("") for path in paths))
-    names = [stem.name for stem in stems]
-    return {
-        stem.name if names.count(stem.name) == 1 else stem.as_posix(): [
-            path for path in paths if path.with_suffix("") == stem
-        ]
-        for stem in stems
-    }
-
-
-# Options that several commands share.
-_Model = Annotated[str, typer.Option(help="pkg.module:factory that makes the model.")]
-_Data = Annotated[
-    str, typer.Option(help="calib.npy, calib.npz, a folder of .npy files or pkg.module:loader.")
-]
-_Keep = Annotated[str, typer.Option(help="For example flops=0.25 or flops=0.25,params=0.5.")]
-_Out = Annotated[Path, typer.Option(help="Folder for the result.")]
-_Weights = Annotated[Path | None, typer.Option(help="safetensors file of its weights.")]
-_Form = Annotated[str, typer.Option(help="auto, or a form of the solver.")]
-_Solver = Annotated[str, typer.Option(help="majorize, or one of the rivals.")]
-_Objective = Annotated[str, typer.Option(help="activation or linear.")]
-_Allocation = Annotated[
-    str | None, typer.Option(help="output, response, pca_energy or uniform.", show_default=False)
-]
-_Loss = Annotated[str, typer.Option(help="How outputs are compared: auto, kl or mse.")]
-_Samples = Annotated[int, typer.Option(help="Input rows sampled a layer.")]
-_BatchSize = Annotated[int, typer.Option(help="Calibration inputs run at once.")]
-_Ignore = Annotated[list[str], typer.Option(help="Layers to leave dense.")]
-_KeepEnds = Annotated[bool, typer.Option(help="Leave the first and last layer dense.")]
-_Asymmetric = Annotated[bool, typer.Option(help="Fit on the compressed prefix's inputs.")]
-_Seed = Annotated[int, typer.Option(help="Of the choice of rows.")]
-_Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:<index> or auto.")]
-_SpillDir = Annotated[
-    Path | None, typer.Option(help="Folder for activations that do not fit in memory.")
-]
-_MemoryLimit = Annotated[
-    str | None, typer.Option(help="Of data and waiting activations in memory, e.g. 2GiB.")
-]
-_Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was cut short.")]
-_Export = Annotated[
-    list[str], typer.Option(help="Also write this .onnx or .pt2 file into the folder.")
-]
-_Runtime = Annotated[
-    str, typer.Option(help="Where exported layers are timed: auto, none or a runtime.")
-]
-_Threads = Annotated[int, typer.Option(help="Of that runtime.")]
-_Picture = Annotated[Path | None, typer.Option(help="Draw the plan: .png, .svg or .pdf.")]
-
-
 @app.command()
 def compress(
-    model: _Model,
-    data: _Data,
-    keep: _Keep,
-    out: _Out,
-    weights: _Weights = None,
-    form: _Form = "auto",
-    solver: _Solver = "majorize",
-    objective: _Objective = "activation",
-    allocation: _Allocation = None,
-    loss: _Loss = "auto",
-    samples: _Samples = 15_000,
-    batch_size: _BatchSize = 100,
-    ignore: _Ignore = [],
-    keep_ends: _KeepEnds = True,
-    asymmetric: _Asymmetric = True,
-    seed: _Seed = 0,
+    model: Model,
+    data: Data,
+    keep: Keep,
+    out: Out,
+    weights: Weights = None,
+    form: Form = "auto",
+    solver: Solver = "majorize",
+    objective: Objective = "activation",
+    allocation: Allocation = None,
+    loss: Loss = "auto",
+    samples: Samples = 15_000,
+    batch_size: BatchSize = 100,
+    ignore: Ignore = [],
+    keep_ends: KeepEnds = True,
+    asymmetric: Asymmetric = True,
+    seed: Seed = 0,
     refine: Refine = False,
     refine_epochs: RefineEpochs = None,
-    resume: _Resume = False,
-    device: _Device = "cpu",
-    spill_dir: _SpillDir = None,
-    memory_limit: _MemoryLimit = None,
-    export: _Export = [],
-    runtime: _Runtime = "auto",
-    threads: _Threads = 1,
+    resume: Resume = False,
+    device: Device = "cpu",
+    spill_dir: SpillDir = None,
+    memory_limit: MemoryLimit = None,
+    export: Export = [],
+    runtime: Runtime = "auto",
+    threads: Threads = 1,
 ) -> None:
     """Compress a model on unlabelled calibration data."""
     with clear_errors():
@@ -169,26 +128,26 @@ def compress(
 
 @app.command()
 def analyze(
-    model: _Model,
-    data: _Data,
-    out: _Out,
+    model: Model,
+    data: Data,
+    out: Out,
     keep: Annotated[str | None, typer.Option(help="Also write a plan for this budget.")] = None,
-    weights: _Weights = None,
-    form: _Form = "auto",
-    solver: _Solver = "majorize",
-    objective: _Objective = "activation",
-    allocation: _Allocation = None,
-    loss: _Loss = "auto",
-    samples: _Samples = 15_000,
-    batch_size: _BatchSize = 100,
-    ignore: _Ignore = [],
-    keep_ends: _KeepEnds = True,
-    asymmetric: _Asymmetric = True,
-    seed: _Seed = 0,
-    device: _Device = "cpu",
-    spill_dir: _SpillDir = None,
-    memory_limit: _MemoryLimit = None,
-    picture: _Picture = None,
+    weights: Weights = None,
+    form: Form = "auto",
+    solver: Solver = "majorize",
+    objective: Objective = "activation",
+    allocation: Allocation = None,
+    loss: Loss = "auto",
+    samples: Samples = 15_000,
+    batch_size: BatchSize = 100,
+    ignore: Ignore = [],
+    keep_ends: KeepEnds = True,
+    asymmetric: Asymmetric = True,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    spill_dir: SpillDir = None,
+    memory_limit: MemoryLimit = None,
+    picture: Picture = None,
 ) -> None:
     """Measure what each layer loses at what cost: analysis.json, and plan.json with --keep."""
     with clear_errors():
@@ -228,14 +187,14 @@ def analyze(
 @app.command()
 def allocate(
     analysis: Annotated[Path, typer.Argument(help="analysis.json.")],
-    keep: _Keep,
+    keep: Keep,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")],
-    allocation: _Allocation = None,
+    allocation: Allocation = None,
     tolerance: Annotated[
         float | None,
         typer.Option(help="With FLOPs: part of the loss to give up for less work, 0 for none."),
     ] = None,
-    picture: _Picture = None,
+    picture: Picture = None,
 ) -> None:
     """Spend a budget by an analysis: a plan that can be edited."""
     with clear_errors():
@@ -248,21 +207,21 @@ def allocate(
 
 @app.command()
 def apply(
-    model: _Model,
-    data: _Data,
+    model: Model,
+    data: Data,
     plan: Annotated[Path, typer.Option(help="plan.json, as written or edited.")],
-    out: _Out,
-    weights: _Weights = None,
-    loss: _Loss = "auto",
+    out: Out,
+    weights: Weights = None,
+    loss: Loss = "auto",
     refine: Refine = False,
     refine_epochs: RefineEpochs = None,
-    resume: _Resume = False,
-    device: _Device = "cpu",
-    spill_dir: _SpillDir = None,
-    memory_limit: _MemoryLimit = None,
-    export: _Export = [],
-    runtime: _Runtime = "auto",
-    threads: _Threads = 1,
+    resume: Resume = False,
+    device: Device = "cpu",
+    spill_dir: SpillDir = None,
+    memory_limit: MemoryLimit = None,
+    export: Export = [],
+    runtime: Runtime = "auto",
+    threads: Threads = 1,
 ) -> None:
     """Carry out a plan."""
     with clear_errors():
@@ -382,12 +341,12 @@ def bench(
         from .runtime import bench as run
 
         result = run(
-            _label_models(models),
+            label_models(models),
             None if data is None else load_data(data),
             runtimes=runtime or None,
             threads=threads,
             batch=batch,
-            shapes=_parse_shapes(shape),
+            shapes=parse_shapes(shape),
             time_limit_s=time_limit,
             precision=precision,
             eval_fn=None if eval is None else import_object(eval, "--eval"),
@@ -414,55 +373,9 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Say what is installed, which backends work, and how to get the rest."""
-    from .ops import why_not_cuda
+    from . import doctor as job
 
-    console = Console()
-    console.print(
-        f"slr_gpu {importlib.metadata.version('slr_gpu')}, Python {platform.python_version()},"
-        f" {platform.machine()}"
-    )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("package", "version", "for", "how to get it"):
-        table.add_column(title)
-    for package, purpose, extra in (
-        ("numpy", "CPU backend", ""),
-        ("scipy", "CPU backend", ""),
-        ("torch", "models", ""),
-        ("safetensors", "files", ""),
-        ("cupy-cuda13x", "GPU backend, CUDA 13", "cuda13"),
-        ("cupy-cuda12x", "GPU backend, CUDA 12", "cuda12"),
-        ("nvidia-ml-py", "GPU memory", "cuda13"),
-        ("onnx", "export", "onnx"),
-        ("onnxruntime", "deployment", "onnx"),
-        ("openvino", "deployment", "onnx"),
-        ("matplotlib", "plots", "plot"),
-        ("scikit-learn", "demo", "demo"),
-    ):
-        try:
-            version, remedy = importlib.metadata.version(package), ""
-        except importlib.metadata.PackageNotFoundError:
-            version = "-"
-            remedy = f"pip install 'slr_gpu\\[{extra}]'" if extra else "reinstall slr_gpu"
-        table.add_row(package, version, purpose, remedy)
-    console.print(table)
-    for name, check in (("cpu", _check_cpu), ("cuda", why_not_cuda)):
-        problem = check()
-        console.print(f"backend {name}: " + ("works" if problem is None else f"no ({problem})"))
-
-
-def _check_cpu() -> str | None:
-    """Fit a tiny layer; what went wrong, or None."""
-    import numpy as np
-
-    from .fit import fit
-    from .layer_io import LayerIO
-
-    rng = np.random.default_rng(0)
-    try:
-        fit(LayerIO(rng.normal(size=(6, 8)), None, rng.normal(size=(64, 8))), keep=0.5)
-    except BackendError as error:
-        return str(error)
-    return None
+    job.run()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -76,11 +76,6 @@ def make_solver(name: str) -> Any:
             complain(f"--solver {name}", f"one of {', '.join(SOLVERS)}", "Check the name.")
         )
     return SOLVERS[name]()
-
-
-# The options that it is made of, the same wherever a program has them.
-Refine = Annotated[bool, typer.Option("--refine", help="Then train all layers together.")]
-RefineEpochs = Annotated[int | None, typer.Option(help="The same in so many passes over the data.")]
 
 
 def make_refinement(refine: bool, epochs: int | None) -> Any:
@@ -150,3 +145,29 @@ def load_model(reference: str, weights: Path | None) -> Any:
                 )
             ) from error
     return model
+
+
+def parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
+    """``input=1x3x224x224``, several times, as a dict."""
+    shapes = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        parts = sizes.split("x")
+        if not name or not all(part.isdigit() and int(part) for part in parts):
+            raise InputError(
+                complain(f"--shape {text!r}", "input=1x3x224x224", "Repeat it for several inputs.")
+            )
+        shapes[name] = tuple(map(int, parts))
+    return shapes
+
+
+def label_models(paths: list[Path]) -> dict[str, list[Path]]:
+    """Labels of model files; files that differ only in their ending are one model."""
+    stems = list(dict.fromkeys(path.with_suffix("") for path in paths))
+    names = [stem.name for stem in stems]
+    return {
+        stem.name if names.count(stem.name) == 1 else stem.as_posix(): [
+            path for path in paths if path.with_suffix("") == stem
+        ]
+        for stem in stems
+    }

@@ -24,11 +24,12 @@ from .layer_budget import BLOCK
 from .layer_seconds import LatencyTarget
 from .parallel import ALONE, Group
 from .plan import Plan
-from .prepare import Prepared, Settings
+from .prepare import Prepared
 from .refine import Refinement
 from .result import Result
 from .runtime.layer_timing import check_runtime
 from .sensitivity import measure
+from .settings import Settings
 from .shares import uniform
 from .solvers import Solver
 

@@ -608,8 +608,3 @@ def columns_first(problem: ResponseProblem, support: Array) -> Array:
     mask = xp.zeros(problem.width, dtype=bool)
     mask[xp.asarray(support, dtype=xp.int64)] = True
     return xp.concatenate([xp.flatnonzero(mask), xp.flatnonzero(~mask)])
-
-
-def project(metric: Metric | RowMetric, F: Array, kept: int, k: int) -> tuple[Array, Array, Array]:
-    """Nearest ``(A on S) + (rank k elsewhere)`` in the metric, see `Metric.project`."""
-    return metric.project(F, kept, k)

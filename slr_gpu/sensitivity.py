@@ -28,9 +28,10 @@ from .latency import add_latency
 from .layer_seconds import LatencyTarget
 from .output_loss import choose_loss, mean_loss
 from .parallel import ALONE, Group
-from .prepare import Prepared, Settings
+from .prepare import Prepared
 from .problem import ResponseProblem
 from .progress import progress_bar
+from .settings import Settings
 from .shares import pca_energies
 from .tradeoff import Point, TradeOff
 
@@ -78,7 +79,7 @@ def analyze(
     device, spill_dir, memory_limit, progress, group
         See `slr_gpu.compress`.
     **settings
-        Of `slr_gpu.prepare.Settings`, all explained in `slr_gpu.compress`: form, solver,
+        Of `slr_gpu.settings.Settings`, all explained in `slr_gpu.compress`: form, solver,
         objective, samples, held_out, ridge, ignore, overrides, keep_ends, multiple, batch_size,
         seed, asymmetric.
 

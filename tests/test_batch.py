@@ -26,10 +26,11 @@ from slr_gpu.batch import Outcome, Summary, read_jobs, work
 from slr_gpu.batch import jobs as job_files
 from slr_gpu.batch import run as runs
 from slr_gpu.batch.devices import Meter, choose_device, free_bytes, list_gpus, needed_bytes
-from slr_gpu.batch.work import Place
+from slr_gpu.batch.folders import Place
 from slr_gpu.cli import app
 from slr_gpu.errors import BackendError, InputError
-from slr_gpu.prepare import Prepared, Settings
+from slr_gpu.prepare import Prepared
+from slr_gpu.settings import Settings
 
 NETS = """
 import os, signal
@@ -482,7 +483,7 @@ def test_results_of_other_facts_are_kept_unless_forced(place):
     assert (place.job(job) / "model.safetensors").read_bytes() != before
     # What is begun counts as well.
     shutil.rmtree(place.job(job))
-    work._store(place, job, finish(place, [job]).facts)
+    place.pieces(job, finish(place, [job]).facts)
     (place.job(job) / "job.json").unlink()
     assert "model differs" in work.open_jobs(place, [changed]).refused[job.name]
 

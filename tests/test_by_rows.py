@@ -14,7 +14,7 @@ from slr_gpu import LayerIO, problem
 from slr_gpu.decomposition import Structure
 from slr_gpu.errors import InputError
 from slr_gpu.ops import NumpyOps
-from slr_gpu.problem import ResponseProblem, metric_of, project
+from slr_gpu.problem import ResponseProblem, metric_of
 from slr_gpu.support import SupportSearch
 from slr_gpu.tradeoff import TradeOff
 
@@ -57,7 +57,7 @@ def test_projection_is_that_of_the_gram_matrix(by_rows, kept):
     found = []
     for view in problems:
         metric, count = metric_of(view, support)
-        F, M, U = project(metric, metric.target(view), count, 2)
+        F, M, U = metric.project(metric.target(view), count, 2)
         np.testing.assert_allclose(metric.point(M), F, atol=1e-8)
         np.testing.assert_allclose(metric.weight(F), M, atol=1e-8)
         found.append((M, U, metric.missed(view, F)))

@@ -18,7 +18,8 @@ from torch import nn
 
 import slr_gpu
 from slr_gpu.checkpoint import Store, fingerprint
-from slr_gpu.prepare import Prepared, Settings
+from slr_gpu.prepare import Prepared
+from slr_gpu.settings import Settings
 
 MODEL = """
 import torch

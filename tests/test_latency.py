@@ -17,9 +17,10 @@ from slr_gpu.fold import for_deployment
 from slr_gpu.latency import add_latency, allocate_measured, planned_model
 from slr_gpu.layer_seconds import LatencyTarget
 from slr_gpu.layers import SLRConvNd, SLRLinear
-from slr_gpu.prepare import Prepared, Settings
+from slr_gpu.prepare import Prepared
 from slr_gpu.runtime.timing import Timings
 from slr_gpu.sensitivity import measure
+from slr_gpu.settings import Settings
 
 
 def network():

@@ -1,6 +1,7 @@
 """Many models, budgets and settings on the devices of one machine."""
 
-from .jobs import Batch, Job, read_jobs
+from .job import Batch, Job
+from .jobs import read_jobs
 from .run import run_batch
 from .summary import Outcome, Summary
 

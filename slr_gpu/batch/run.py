@@ -23,9 +23,11 @@ from typing import Any
 from ..errors import BackendError, InputError, complain
 from ..progress import JobBars
 from .devices import choose_device, free_bytes, list_gpus
-from .jobs import Batch, Job, read_jobs
+from .folders import Place
+from .job import Batch, Job
+from .jobs import read_jobs
 from .summary import Outcome, Summary
-from .work import Opened, Place
+from .work import Opened
 from .workers import Worker
 
 # What is begun first, of what can be begun.

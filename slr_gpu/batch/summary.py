@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ..errors import BackendError, complain
 from ..storage import save_json, write_atomically
-from .jobs import Job
+from .job import Job
 
 SCHEMA = 1
 

@@ -30,9 +30,9 @@ from torch import nn
 from ..analysis import Analysis
 from ..batches import run_model
 from ..carry_out import carry_out
-from ..checkpoint import Store, as_stored, changes, fingerprint
+from ..checkpoint import as_stored, changes, fingerprint
 from ..cli_inputs import calibration_data, import_object, load_model
-from ..compress import check_budget, make_plan
+from ..compress import make_plan
 from ..errors import InputError, ModelError, SLRError, complain
 from ..export import export_model
 from ..layer_seconds import LatencyTarget
@@ -45,48 +45,18 @@ from ..runtime import bench
 from ..sensitivity import judging_batches, measure
 from ..storage import load_json, save_json
 from .devices import Meter, needed_bytes
-from .jobs import Job, ModelSource
-
-MARKER = "job.json"
-# What `Result.save` writes.
-FILES = ("model.safetensors", "plan.json", "report.json")
-CHECKPOINT = "checkpoint"
-SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a worker works.
-
-    Attributes
-    ----------
-    out : Path
-        Folder of all results.
-    folder : Path
-        In which modules are looked for.
-    device : str
-        ``"cpu"``, or ``"cuda"`` where the worker sees one device only.
-    gpu : str or None
-        The UUID of that.
-    threads : int
-        Of the CPU.
-    force : bool
-        Make jobs anew whose folder holds the result of other facts.
-    """
-
-    out: Path
-    folder: Path
-    device: str = "cpu"
-    gpu: str | None = None
-    threads: int = 1
-    force: bool = False
-
-    def job(self, job: Job) -> Path:
-        return self.out / job.name
-
-    def analysis(self, job: Job, facts: dict[str, Any]) -> Store:
-        more = {"allocation": job.settings.allocation, "loss": job.settings.loss}
-        return Store.named(self.out / "analyses" / job.model.name, facts | more)
+from .folders import (
+    CHECKPOINT,
+    MARKER,
+    SCHEMA,
+    Place,
+    export_settings,
+    missing_steps,
+    not_exported,
+    onnx_file,
+    read_marker,
+)
+from .job import Job, ModelSource
 
 
 @dataclass
@@ -126,7 +96,7 @@ def open_jobs(place: Place, jobs: list[Job]) -> Opened:
     missing, refused = {}, {}
     for job in jobs:
         try:
-            missing[job.name] = _missing(place, job, prepared, facts)
+            missing[job.name] = missing_steps(place, job, prepared, facts)
         except SLRError as error:
             refused[job.name] = str(error)
     accuracy = None
@@ -158,7 +128,7 @@ def analyse(place: Place, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
 
 def plan(place: Place, job: Job, facts: dict[str, Any]) -> None:
     """Find the plan of a latency budget; nothing else may run meanwhile."""
-    store = _store(place, job, facts)
+    store = place.pieces(job, facts)
     if store.load_json("plan") is None:
         prepared = _prepare_again(job, place.device, facts)
         analysis = _load_analysis(place, job, facts)
@@ -169,7 +139,7 @@ def plan(place: Place, job: Job, facts: dict[str, Any]) -> None:
 def fit(place: Place, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
     """Make, save and judge the compressed model of a job; what its marker says."""
     folder = place.job(job)
-    marker = _marker(folder)
+    marker = read_marker(folder)
     model = None
     if marker is None:
         with Meter(place.gpu) as meter:
@@ -198,9 +168,9 @@ def export(place: Place, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
         load_json(folder / "plan.json"),
         prepared.example,
     )
-    for name in _not_exported(job, marker):
+    for name in not_exported(job, marker):
         exported = result.export(folder / name, runtime=settings.runtime, threads=settings.threads)
-        marker["exports"][name] = _export_settings(job) | {"error": exported.error}
+        marker["exports"][name] = export_settings(job) | {"error": exported.error}
         result.save_report(folder)
         save_json(folder / MARKER, marker)
     return marker
@@ -245,11 +215,6 @@ def measure_latency(
     return latency
 
 
-def onnx_file(job: Job) -> str:
-    """The exported file of a job that is timed."""
-    return next(name for name in job.settings.export if name.endswith(".onnx"))
-
-
 TASKS: dict[str, Callable[..., Any]] = {
     "open": open_jobs,
     "analyse": analyse,
@@ -284,44 +249,11 @@ def _prepare_again(job: Job, device: str, facts: dict[str, Any]) -> Prepared:
     return prepared
 
 
-def _missing(place: Place, job: Job, prepared: Prepared, facts: dict[str, Any]) -> set[str]:
-    """The steps that a job still needs; an error if it cannot be done."""
-    folder = place.job(job)
-    for name in (MARKER, *FILES):  # of a run that was killed while it wrote
-        for path in folder.glob(f".{name}.*"):
-            path.unlink()
-    marker, begun = _marker(folder), folder / CHECKPOINT / "fingerprint.json"
-    before = None
-    if marker is not None:
-        before = marker["facts"]
-    elif begun.exists():
-        before = load_json(begun)
-    changed = [] if before is None else changes(before, as_stored(facts | job.facts()))
-    if changed and not place.force:
-        raise InputError(
-            complain(
-                f"a result of another run in {folder}: {'; '.join(changed)}",
-                "the same model, data, settings and budget",
-                "Undo the changes, name another job or out, or make it anew with --force.",
-            )
-        )
-    if changed:
-        for name in {} if marker is None else marker["exports"]:
-            (folder / name).unlink(missing_ok=True)
-        (folder / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-        marker = None
-    if marker is None:
-        check_budget(prepared, job.keep, job.settings.allocation)
-        return {"fit", "export"} if job.settings.export else {"fit"}
-    return {"export"} if _not_exported(job, marker) else set()
-
-
 def _fit(place: Place, job: Job, facts: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
     began, folder, settings = time.perf_counter(), place.job(job), job.settings
     resumed = (folder / CHECKPOINT / "layers").exists()
     prepared = _prepare_again(job, place.device, facts)
-    store = _store(place, job, facts)
+    store = place.pieces(job, facts)
     known = store.load_json("plan")
     if known is None:
         planned = _load_analysis(place, job, facts).allocate(job.keep)
@@ -379,35 +311,8 @@ def _factory(source: ModelSource) -> Callable[[], nn.Module]:
     return import_object(source.model, "model")
 
 
-def _store(place: Place, job: Job, facts: dict[str, Any]) -> Store:
-    return Store.open(place.job(job) / CHECKPOINT, facts | job.facts(), resume=True)
-
-
 def _load_analysis(place: Place, job: Job, facts: dict[str, Any]) -> Analysis:
     return Analysis.load(place.analysis(job, facts).path("analysis", ".json"))
-
-
-def _marker(folder: Path) -> dict[str, Any] | None:
-    path = folder / MARKER
-    if not all((folder / name).exists() for name in (MARKER, *FILES)):
-        return None
-    marker = load_json(path)
-    if not isinstance(marker, dict) or marker.get("schema") != SCHEMA:
-        raise InputError(
-            complain(f"{path} of another schema", f"schema {SCHEMA}", "Remove the folder.")
-        )
-    return marker
-
-
-def _not_exported(job: Job, marker: dict[str, Any]) -> list[str]:
-    def same(name: str) -> bool:
-        return _export_settings(job).items() <= marker["exports"].get(name, {}).items()
-
-    return [name for name in job.settings.export if not same(name)]
-
-
-def _export_settings(job: Job) -> dict[str, Any]:
-    return {"runtime": job.settings.runtime, "threads": job.settings.threads}
 
 
 def _digest(path: Path) -> str:

@@ -23,7 +23,8 @@ import torch
 from ..errors import SLRError
 from ..ops import get_ops
 from ..progress import reported_to
-from .work import TASKS, Place
+from .folders import Place
+from .work import TASKS
 
 # How processes are started: CUDA does not survive a fork.
 START = "spawn"

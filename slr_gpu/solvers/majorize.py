@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from ..decomposition import Decomposition, Status, Structure
 from ..metric import Metric, RowMetric
 from ..penalties import low_rank_projection
-from ..problem import ResponseProblem, ordered_metric, project
+from ..problem import ResponseProblem, ordered_metric
 from .base import Solver
 
 Array = Any
@@ -246,7 +246,7 @@ def read(problem: ResponseProblem, states: list[MajorizeState]) -> None:
 
 def place(state: MajorizeState, F: Array, k: int) -> None:
     """Put a state at the projection of F."""
-    state.F, state.M, state.U = project(state.metric, F, state.kept, k)
+    state.F, state.M, state.U = state.metric.project(F, state.kept, k)
 
 
 def closed_form(

@@ -29,7 +29,7 @@ from ..errors import BudgetError, InputError, complain
 from ..layer_budget import LayerBudget
 from ..metric import Metric, RowMetric
 from ..ops import NumpyOps
-from ..problem import ResponseProblem, ordered_metric, project
+from ..problem import ResponseProblem, ordered_metric
 from .base import Solver
 from .majorize import MajorizeState, assemble, closed_form
 
@@ -137,7 +137,7 @@ class Zhang(Solver):
     def step(self, problem: ResponseProblem, state: ZhangState, structure: Structure) -> ZhangState:
         """Reduced-rank regression on the z of an evaluated state."""
         moved = state.F + state.metric.step(problem, state.F, state.M, state.correlation)
-        F, M, U = project(state.metric, moved, 0, structure.k)
+        F, M, U = state.metric.project(moved, 0, structure.k)
         bias = state.bias + state.R_mean - problem.at_mean(M - state.M)
         return ZhangState(state.metric, F, M, bias, U)
 
