@@ -26,7 +26,8 @@ from .parallel import ALONE, Group
 from .prepare import Prepared
 from .storage import load_arrays, load_json, save_arrays, save_json
 
-_FACTS = "fingerprint.json"
+# What a store says that its pieces belong to.
+FACTS = "fingerprint.json"
 _HASHED = ("model", "calibration data")
 
 
@@ -130,7 +131,7 @@ class Store:
         facts = as_stored(facts)
         if not resume:
             self.clear()
-        path = self.folder / _FACTS
+        path = self.folder / FACTS
         if path.exists():
             changed = changes(load_json(path), facts)
             if changed:
@@ -156,12 +157,12 @@ class Store:
 
     def clear(self) -> None:
         """Delete what is there, if it is a store."""
-        if (self.folder / _FACTS).exists():
+        if (self.folder / FACTS).exists():
             # The facts go last: a clearing that was cut short is one still.
             for path in self.folder.iterdir():
-                if path.name != _FACTS:
+                if path.name != FACTS:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            (self.folder / _FACTS).unlink()
+            (self.folder / FACTS).unlink()
             self.folder.rmdir()
 
     def path(self, name: str, suffix: str) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Store, as_stored, changes
+from ..checkpoint import FACTS, Store, as_stored, changes
 from ..compress import check_budget
 from ..errors import InputError, complain
 from ..prepare import Prepared
@@ -70,7 +70,7 @@ def missing_steps(place: Place, job: Job, prepared: Prepared, facts: dict[str, A
     for name in (MARKER, *FILES):  # of a run that was killed while it wrote
         for path in folder.glob(f".{name}.*"):
             path.unlink()
-    marker, begun = read_marker(folder), folder / CHECKPOINT / "fingerprint.json"
+    marker, begun = read_marker(folder), folder / CHECKPOINT / FACTS
     before = None
     if marker is not None:
         before = marker["facts"]
