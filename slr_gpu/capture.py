@@ -60,6 +60,7 @@ class Sampler:
     def __init__(self, rows: int, batch_sizes: list[int], seed: int, group: Group = ALONE) -> None:
         self.rows, self.batch_sizes, self.seed, self.group = rows, batch_sizes, seed, group
         self._starts = np.cumsum([0, *batch_sizes])
+        self.sample_count = int(self._starts[-1])
 
     def pick(self, site: LayerSite, use: Use, call: int) -> tuple[Tensor, Tensor, np.ndarray]:
         """Rows of one use, without repetition.
@@ -82,14 +83,14 @@ class Sampler:
         batch_size = self.batch_sizes[use.batch]
         chunks = batch_size if use.leading % batch_size == 0 else 1
         positions = use.leading * use.positions // chunks  # of a chunk
-        share = self.rows * batch_size / (int(self._starts[-1]) * chunks * max(site.calls, 1))
+        share = self.rows * batch_size / (self.sample_count * chunks * max(site.calls, 1))
         count = min(positions, max(1, round(share)))
         entropy = [self.seed, site.order, use.batch, *([call] if call else [])]
         seed = np.random.SeedSequence(entropy).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
         taken = torch.arange(chunks)
-        if self._starts[-1] > self.rows:  # fewer rows than samples: of some of them only
-            parts = self._starts[-1] * max(site.calls, 1)
+        if self.sample_count > self.rows:  # fewer rows than samples: of some of them only
+            parts = self.sample_count * max(site.calls, 1)
             begin, end = self._starts[use.batch : use.batch + 2] * self.rows // parts
             if end - begin < chunks:
                 order = torch.randperm(chunks, generator=generator)
@@ -293,6 +294,7 @@ def layer_parts(
         activation=site.activation,
         kernel_size=adapter.kernel_size(layer),
         sample_ids=samples,
+        sample_count=sampler.sample_count,
         group=sampler.group,
     )
 

@@ -61,6 +61,17 @@ def _floating(ops: NumpyOps, name: str, array: Any) -> Array:
     return array
 
 
+def held_out_samples(count: int, held_out: float, fold: int = 0) -> np.ndarray:
+    """Which of so many samples judge and are not fitted on, bool (count,): evenly spread ones.
+
+    Other folds hold others out; ``round(1 / held_out)`` of them hold each one out once.
+    """
+    if held_out == 0 or count < 2:
+        return np.zeros(count, bool)
+    step = max(2, round(1 / held_out))
+    return np.arange(count) % step == min(step, count) - 1 - fold
+
+
 class LayerIO:
     """One layer with calibration rows.
 
@@ -88,6 +99,9 @@ class LayerIO:
     sample_ids : int array, (P,), optional
         Which calibration sample a row came from, ascending; held-out rows are split off by whole
         samples, since rows of one sample are alike. By default every row is its own sample.
+    sample_count : int, optional
+        How many samples there are, where `sample_ids` are numbers below it and some may have no row
+        of this layer. Then the same samples are held out of all layers of a model.
     group : Group, optional
         The ranks of `slr_gpu.parallel` that the rows are spread over: these are this rank's, and
         `fit` is called on all ranks and returns the same on all.
@@ -114,8 +128,10 @@ class LayerIO:
         *,
         linear_targets: Any = None,
         sample_ids: Any = None,
+        sample_count: int | None = None,
         group: Group = ALONE,
     ) -> None:
+        self.sample_count = sample_count
         arrays = dict(zip(ROLES, (inputs, targets, linear_targets), strict=True))
         self._describe(weight, bias, activation, kernel_size, _ops_for(inputs), group)
         n, m = self.weight.shape
@@ -186,6 +202,7 @@ class LayerIO:
             After one pass over the blocks: see `slr_gpu.blocks.Blocks`.
         """
         self = cls.__new__(cls)
+        self.sample_count = None
         self._describe(weight, bias, activation, kernel_size, NumpyOps())
         n, m = self.weight.shape
         self._visit(Blocks(blocks, m, n, show_progress=show_progress), sample_ids)
@@ -250,6 +267,19 @@ class LayerIO:
                     "Sort the rows by sample.",
                 )
             )
+        count = self.sample_count
+        if (
+            count is not None
+            and self.rows
+            and not 0 <= self.sample_ids[0] <= self.sample_ids[-1] < count
+        ):
+            raise InputError(
+                complain(
+                    f"sample_ids from {self.sample_ids[0]} to {self.sample_ids[-1]}",
+                    f"numbers below sample_count={count}",
+                    "Pass the number of all samples, or leave it out.",
+                )
+            )
 
     def __getattr__(self, name: str) -> Any:
         if name in (*ROLES, "responses"):
@@ -302,19 +332,20 @@ class LayerIO:
         Numbers of this rank's rows; which they are does not depend on how many ranks there are.
 
         Rows without samples of their own are taken in 64 neighbouring runs, because neighbours
-        (positions of one image, frames of one sound) are often alike. Other folds hold other
-        samples out; together, ``round(1 / held_out)`` of them hold each one out once.
+        (positions of one image, frames of one sound) are often alike. Samples are counted anew
+        where `sample_count` is not known, or all or none of those that have rows would be held out.
+        For other folds see `held_out_samples`.
         """
         before, total = self.group.span(len(self.sample_ids))
-        samples, inverse = np.unique(self.group.gather(self.sample_ids), return_inverse=True)
-        if len(samples) == total:
-            inverse = inverse * min(64, len(samples)) // len(samples)
-        count = int(inverse.max()) + 1
-        inverse = inverse[before : before + len(self.sample_ids)]
-        if held_out == 0 or count < 2:
-            return np.arange(len(inverse)), np.arange(0)
-        step = max(2, round(1 / held_out))
-        chosen = inverse % step == min(step, count) - 1 - fold
+        number, count = self.group.gather(self.sample_ids), self.sample_count
+        held = 0 if count is None else held_out_samples(count, held_out)[number].sum()
+        if not 0 < held < total:
+            samples, number = np.unique(number, return_inverse=True)
+            if len(samples) == total:
+                number = number * min(64, total) // total
+            count = int(number.max()) + 1
+        own = number[before : before + len(self.sample_ids)]
+        chosen = held_out_samples(count, held_out, fold)[own]
         return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
     def save(self, path: str | Path) -> None:
@@ -343,6 +374,7 @@ class LayerIO:
             metadata={
                 "activation": self.activation.name,
                 "kernel_size": json.dumps(list(self.kernel_size)),
+                "sample_count": json.dumps(self.sample_count),
             },
         )
 
@@ -354,4 +386,5 @@ class LayerIO:
             **arrays,
             activation=metadata["activation"],
             kernel_size=tuple(json.loads(metadata["kernel_size"])),
+            sample_count=json.loads(metadata.get("sample_count", "null")),
         )

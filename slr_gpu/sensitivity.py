@@ -25,6 +25,7 @@ from .frontier import Frontier
 from .graph import set_module
 from .knapsack import undominated
 from .latency import add_latency
+from .layer_io import held_out_samples
 from .layer_seconds import LatencyTarget
 from .output_loss import choose_loss, mean_loss
 from .parallel import ALONE, Group
@@ -299,13 +300,11 @@ def judging_batches(prepared: Prepared) -> Batches:
 def held_out_batches(batches: Batches, held_out: float) -> tuple[Batches, Batches]:
     """Batches of the samples that layers are fitted on, and of those that judge.
 
-    The same samples as `LayerIO.split` holds out of rows of all samples. All samples are in both
-    where none are.
+    The same samples as `LayerIO.split` holds out. All samples are in both where none are.
     """
-    if held_out == 0:
+    chosen = torch.from_numpy(held_out_samples(sum(batches.sizes), held_out))
+    if not chosen.any():
         return batches, batches
-    count, step = sum(batches.sizes), max(2, round(1 / held_out))
-    chosen = torch.arange(count) % step == min(step, count) - 1
     masks = dict(enumerate(chosen.split(list(batches.sizes))))
     fitted = batches.of_samples({number: ~mask for number, mask in masks.items()})
     return fitted, batches.of_samples(masks)

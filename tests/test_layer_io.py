@@ -119,10 +119,38 @@ def test_split_of_nothing_and_of_one_sample():
     assert len(one.split(0.1)[0]) == 20
 
 
+def test_split_by_numbers_among_all_samples():
+    def held(ids, count, fold=0):
+        layer_io = LayerIO(W, B, X[: len(ids)], sample_ids=ids, sample_count=count)
+        fitted, held = layer_io.split(0.1, fold)
+        assert len(fitted) > 0
+        np.testing.assert_array_equal(np.sort(np.concatenate([fitted, held])), np.arange(len(ids)))
+        return ids[held].tolist()
+
+    assert held(np.arange(20) * 2 + 1, 40) == [9, 19, 29, 39]
+    assert held(np.arange(20) * 2 + 1, 40, fold=2) == [7, 17, 27, 37]
+    # None, or all of those that there are: counted anew.
+    assert held(np.arange(10) * 2, 20) == [18]
+    assert held(np.array([9, 19, 29]), 30) == [29]
+
+
+@pytest.mark.parametrize("count", [None, 7])
+def test_how_samples_count_is_saved(tmp_path, count):
+    ids = np.repeat(np.arange(5), 4)
+    LayerIO(W, B, X, sample_ids=ids, sample_count=count).save(tmp_path / "layer.safetensors")
+    assert LayerIO.load(tmp_path / "layer.safetensors").sample_count == count
+
+
 @pytest.mark.parametrize("ids", [np.arange(19), np.arange(20)[::-1]])
 def test_bad_sample_ids(ids):
     with pytest.raises(InputError, match="sample_ids"):
         LayerIO(W, B, X, sample_ids=ids)
+
+
+@pytest.mark.parametrize("first", [-1, 1])
+def test_sample_ids_beyond_their_count(first):
+    with pytest.raises(InputError, match="sample_count=20"):
+        LayerIO(W, B, X, sample_ids=np.arange(first, first + 20), sample_count=20)
 
 
 def test_save_and_load_are_bit_for_bit(tmp_path):

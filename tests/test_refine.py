@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import slr_gpu
 from slr_gpu.batches import Batches
-from slr_gpu.calibration import as_batches
-from slr_gpu.layer_io import LayerIO
+from slr_gpu.capture import layer_parts
 from slr_gpu.mixtures import Mixtures, answer_of
 from slr_gpu.output_loss import choose_loss, mean_loss, output_loss
+from slr_gpu.prepare import Prepared
 from slr_gpu.refine import _terms, _weighted
 from slr_gpu.sensitivity import held_out_batches
+from slr_gpu.settings import Settings
 from slr_gpu.training import Trainer
 
 
@@ -190,20 +192,26 @@ def test_kernels_train_with_their_channels_last_where_the_model_allows(
     assert all(p.is_contiguous() for p in found.model.parameters())
 
 
-def test_the_same_samples_are_held_out_as_by_the_layers(data):
-    batches = as_batches(data, network(), 30)
-    fitted, held = held_out_batches(batches, 0.1)
-    rows = data.reshape(len(data), -1)
-    split = LayerIO(torch.ones(1, rows.shape[1]), None, rows).split(0.1)
-    ids = LayerIO(
-        torch.ones(1, 1),
-        None,
-        torch.ones(400, 1),
-        sample_ids=torch.arange(200).repeat_interleave(2),
-    ).split(0.1)[1]
-    assert torch.equal(torch.cat([b[0] for b in held]), data[sorted({i // 2 for i in ids})])
-    assert sum(len(b[0]) for b in fitted) + sum(len(b[0]) for b in held) == len(data)
-    assert len(split[0]) + len(split[1]) == len(data)
+@pytest.mark.parametrize("samples", [60, 15_000])
+def test_no_layer_is_fitted_on_samples_that_judge(data, samples):
+    """Neither where a sample has one row, nor where only some samples have any."""
+    layers = (nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 16), nn.ReLU())
+    model = nn.Sequential(*layers, nn.Linear(16, 4)).eval()
+    images = data.reshape(len(data), -1)[:, :64].reshape(-1, 1, 8, 8)
+    settings = Settings(samples=samples, keep_ends=False, asymmetric=False)
+    prepared = Prepared(model, images, settings, "cpu")
+    judging = torch.cat([x for (x,) in held_out_batches(prepared.batches, 0.1)[1]])
+    assert len(judging) == len(images) // 10
+    references = prepared.references()
+    assert len(prepared.chosen) == 3
+    for site in prepared.chosen:
+        layer = model.get_submodule(site.name)
+        (layer_io,) = layer_parts(layer, site, references, prepared.sampler, None)
+        held = layer_io.split(0.1)[1]
+        judges = {x.numpy().tobytes() for x in judging}
+        judged = [images[i].numpy().tobytes() in judges for i in layer_io.sample_ids]
+        np.testing.assert_array_equal(np.flatnonzero(judged), held)
+        assert len(held) > 0
 
 
 def test_mixtures_are_between_two_samples_and_come_again():
