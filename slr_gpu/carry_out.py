@@ -174,10 +174,9 @@ def _shape(weight: torch.Tensor) -> str:
 
 
 def _report(prepared: Prepared, plan: Plan, layers: dict[str, LayerReport]) -> Report:
-    original, work, batch = prepared.original, prepared.work, prepared.first_sample
-    sites = prepared.sites
-    flops, by_module = count_flops(original, batch)
-    flops_kept, kept_by_module = count_flops(work, batch)
+    original, work, sites = prepared.original, prepared.work, prepared.sites
+    flops, by_module = prepared.dense_flops
+    flops_kept, kept_by_module = count_flops(work, prepared.first_sample)
     rows = []
     for name in sites:
         before, after = original.get_submodule(name), work.get_submodule(name)

@@ -180,6 +180,7 @@ def _layer_facts(layer_io: LayerIO) -> dict[str, Any]:
         "dtype": str(layer_io.inputs.dtype),
         "activation": layer_io.activation.name,
         "kernel_size": list(layer_io.kernel_size),
+        "sample_count": layer_io.sample_count,
         "targets": layer_io.linear_targets is None,
     }
 

@@ -65,6 +65,8 @@ class Prepared:
         The user's overrides by the name of a layer.
     costs : dict of str to LayerCost
         Of the chosen layers.
+    dense_flops : (int, dict of str to int)
+        Of the original, in all and by module; see `slr_gpu.flops.count_flops`.
     totals : dict of str to float
         What the whole dense model costs.
     batches : Batches
@@ -135,7 +137,11 @@ class Prepared:
         self.costs = {
             site.name: _cost(site, self.work.get_submodule(site.name)) for site in self.chosen
         }
-        self.totals = self._totals()
+        self.dense_flops = count_flops(self.original, self.first_sample)
+        self.totals = {
+            "params": sum(p.numel() for p in self.original.parameters()),
+            "flops": self.dense_flops[0] / 2,
+        }
         sizes = list(self.batches.sizes)
         self.sampler = Sampler(settings.samples, sizes, settings.seed, self.group)
         self._references: References | None = None
@@ -229,12 +235,6 @@ class Prepared:
                 if other.calls and _rows(sites[name], work) == _rows(other, work) == 1:
                     sites[name].dense = sites[name].dense or "its input is the same for all samples"
         return sites
-
-    def _totals(self) -> dict[str, float]:
-        return {
-            "params": sum(p.numel() for p in self.work.parameters()),
-            "flops": count_flops(self.work, self.first_sample)[0] / 2,
-        }
 
 
 def _match(pattern: str, names: list[str], what: str) -> list[str]:
