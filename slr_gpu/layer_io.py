@@ -131,13 +131,12 @@ class LayerIO:
         sample_count: int | None = None,
         group: Group = ALONE,
     ) -> None:
-        self.sample_count = sample_count
         arrays = dict(zip(ROLES, (inputs, targets, linear_targets), strict=True))
         self._describe(weight, bias, activation, kernel_size, _ops_for(inputs), group)
         n, m = self.weight.shape
         alone = group.size == 1
         if alone and isinstance(inputs, np.memmap) and not self._may_be_read(inputs):
-            self._visit(Blocks(arrays, m, n), sample_ids)
+            self._visit(Blocks(arrays, m, n), sample_ids, sample_count)
             return
         with group.together():
             self.inputs = self._checked("inputs", inputs, (None, m))
@@ -160,7 +159,7 @@ class LayerIO:
         elif self.targets.dtype != self.inputs.dtype:
             self.targets = self.targets.astype(self.inputs.dtype)
         self.rows, self.dtype = count, self.inputs.dtype
-        self._name_samples(sample_ids, before)
+        self._name_samples(sample_ids, sample_count, before)
 
     @classmethod
     def from_blocks(
@@ -202,7 +201,6 @@ class LayerIO:
             After one pass over the blocks: see `slr_gpu.blocks.Blocks`.
         """
         self = cls.__new__(cls)
-        self.sample_count = None
         self._describe(weight, bias, activation, kernel_size, NumpyOps())
         n, m = self.weight.shape
         self._visit(Blocks(blocks, m, n, show_progress=show_progress), sample_ids)
@@ -251,11 +249,11 @@ class LayerIO:
         width = sum(self.weight.shape) + len(self.weight)
         return NumpyOps.memory.holds(2 * 4 * len(inputs) * width)
 
-    def _visit(self, blocks: Blocks, sample_ids: Any) -> None:
+    def _visit(self, blocks: Blocks, sample_ids: Any, sample_count: int | None = None) -> None:
         self.blocks, self.rows, self.dtype = blocks, blocks.rows, blocks.dtype
-        self._name_samples(sample_ids)
+        self._name_samples(sample_ids, sample_count)
 
-    def _name_samples(self, sample_ids: Any, before: int = 0) -> None:
+    def _name_samples(self, sample_ids: Any, count: int | None, before: int = 0) -> None:
         if sample_ids is None:
             sample_ids = np.arange(before, before + self.rows)
         self.sample_ids = np.asarray(self.ops.to_numpy(self.ops.asarray(sample_ids)))
@@ -267,15 +265,11 @@ class LayerIO:
                     "Sort the rows by sample.",
                 )
             )
-        count = self.sample_count
-        if (
-            count is not None
-            and self.rows
-            and not 0 <= self.sample_ids[0] <= self.sample_ids[-1] < count
-        ):
+        self.sample_count, ids = count, self.sample_ids
+        if count is not None and np.any((ids < 0) | (ids >= count)):
             raise InputError(
                 complain(
-                    f"sample_ids from {self.sample_ids[0]} to {self.sample_ids[-1]}",
+                    f"sample_ids from {ids[0]} to {ids[-1]}",
                     f"numbers below sample_count={count}",
                     "Pass the number of all samples, or leave it out.",
                 )

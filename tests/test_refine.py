@@ -202,13 +202,13 @@ def test_no_layer_is_fitted_on_samples_that_judge(data, samples):
     prepared = Prepared(model, images, settings, "cpu")
     judging = torch.cat([x for (x,) in held_out_batches(prepared.batches, 0.1)[1]])
     assert len(judging) == len(images) // 10
+    judges = {x.numpy().tobytes() for x in judging}
     references = prepared.references()
     assert len(prepared.chosen) == 3
     for site in prepared.chosen:
         layer = model.get_submodule(site.name)
         (layer_io,) = layer_parts(layer, site, references, prepared.sampler, None)
         held = layer_io.split(0.1)[1]
-        judges = {x.numpy().tobytes() for x in judging}
         judged = [images[i].numpy().tobytes() in judges for i in layer_io.sample_ids]
         np.testing.assert_array_equal(np.flatnonzero(judged), held)
         assert len(held) > 0
