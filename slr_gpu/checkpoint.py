@@ -1,7 +1,7 @@
 """Finished pieces of a long run, on disk, and what they belong to.
 
-In: a folder and a fingerprint: facts about the model, the data and the settings, the large ones as
-SHA-256. Out: a `Store` of pieces by name. Every file is written under another name and renamed, so
+In: a folder and a fingerprint: facts about the program, the model, the data and the settings, the
+large ones as SHA-256. Out: a `Store` of pieces by name. Every file is written under another name and renamed, so
 a run that was killed leaves whole files only. A store is opened again by the same facts; others are
 refused, and the message says which of them changed.
 """
@@ -24,10 +24,13 @@ from .decomposition import Decomposition
 from .errors import InputError, complain
 from .parallel import ALONE, Group
 from .prepare import Prepared
+from .program import program_version
 from .storage import load_arrays, load_json, save_arrays, save_json
 
 # What a store says that its pieces belong to.
 FACTS = "fingerprint.json"
+# The fact about the program.
+PROGRAM = "slr_gpu"
 _HASHED = ("model", "calibration data")
 
 
@@ -40,7 +43,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     own = [_hash_of_tensors(batch) for batch in prepared.batches]
     digests = [digest for digests in prepared.group.objects(own) for digest in digests]
     data = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return {"calibration data": data, **_work(prepared)}
+    return {PROGRAM: program_version(), "calibration data": data, **_work(prepared)}
 
 
 def _work(prepared: Prepared) -> dict[str, Any]:
@@ -138,7 +141,7 @@ class Store:
                 raise InputError(
                     complain(
                         f"a checkpoint in {self.folder} of another run: {'; '.join(changed)}",
-                        "the same model, data and settings",
+                        "the same version, model, data and settings",
                         "Undo the changes, or start anew without resume.",
                     )
                 )

@@ -111,7 +111,7 @@ def compress(
     checkpoint : path, optional
         Folder for finished pieces. Delete it once the result is saved.
     resume : bool
-        Go on with what is in `checkpoint`, if it belongs to the same model, data and settings. An
+        Go on with what is in `checkpoint`, if it is of the same version, model, data and settings. An
         `eval_fn` must be the same one; that is not checked.
     spill_dir : path, optional
         Existing folder for activations that wait and take more than `memory_limit`; what is written

@@ -11,7 +11,6 @@ of this does nothing.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import re
@@ -21,12 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy
 
 from .errors import BackendError, InputError, SLRError, complain
+from .program import program_version
 
 Array = Any
 
@@ -328,13 +327,9 @@ def alone() -> bool:
 @cache
 def versions() -> dict[str, str]:
     """What decides the bits of a result: this package's own files, libraries, threads."""
-    digest, root = hashlib.sha256(), Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
     found = {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")}
     threads = os.environ.get("OMP_NUM_THREADS", "as many as cores")
-    return {"slr_gpu": digest.hexdigest(), **found, "OMP_NUM_THREADS": threads}
+    return {"slr_gpu": program_version(), **found, "OMP_NUM_THREADS": threads}
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:

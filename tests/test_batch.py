@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import slr_gpu
+from slr_gpu import checkpoint
 from slr_gpu.batch import Outcome, Summary, read_jobs, work
 from slr_gpu.batch import jobs as job_files
 from slr_gpu.batch import run as runs
@@ -486,6 +487,17 @@ def test_results_of_other_facts_are_kept_unless_forced(place):
     place.pieces(job, finish(place, [job]).facts)
     (place.job(job) / "job.json").unlink()
     assert "model differs" in work.open_jobs(place, [changed]).refused[job.name]
+
+
+def test_other_versions_keep_results_but_no_pieces(place, monkeypatch):
+    done, begun = batch(SIX).jobs[:2]
+    place.pieces(begun, finish(place, [done]).facts)
+    monkeypatch.setattr(checkpoint, "program_version", lambda: "0.0.1, sources 01234567")
+    opened = work.open_jobs(place, [done, begun])
+    assert opened.missing == {done.name: set()} and not opened.analysed
+    assert "now '0.0.1, sources 01234567'" in opened.refused[begun.name]
+    forced = Place(place.out, place.folder, force=True)
+    assert finish(forced, [done, begun]).missing == {done.name: set(), begun.name: {"fit"}}
 
 
 def test_budgets_out_of_reach_are_refused_before_the_analysis(place):

@@ -19,6 +19,7 @@ from torch import nn
 import slr_gpu
 from slr_gpu.checkpoint import Store, fingerprint
 from slr_gpu.prepare import Prepared
+from slr_gpu.program import program_version
 from slr_gpu.settings import Settings
 
 MODEL = """
@@ -188,6 +189,28 @@ def test_other_runs_are_refused_and_say_what_changed(data, tmp_path, change, mat
         slr_gpu.compress(model, data, resume=True, **run, **change)
     assert match in str(caught.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_pieces_of_another_version_are_refused(data, tmp_path, monkeypatch):
+    module, cache = sys.modules["slr_gpu.checkpoint"], tmp_path / "cache"
+    run = {"checkpoint": tmp_path / "pieces", "progress": False}
+    slr_gpu.compress(small(), data, {"params": 0.7}, **run)
+    slr_gpu.analyze(small(), data, cache=cache, progress=False)
+    slr_gpu.compress(small(), data, {"params": 0.7}, resume=True, **run)
+    monkeypatch.setattr(module, "program_version", lambda: "0.0.1, sources 01234567")
+    with pytest.raises(slr_gpu.InputError, match="slr_gpu was .*, now '0.0.1, sources 01234567'"):
+        slr_gpu.compress(small(), data, {"params": 0.7}, resume=True, **run)
+    slr_gpu.analyze(small(), data, cache=cache, progress=False)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_version_is_that_of_its_sources(tmp_path):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "solver.py").write_text("RATE = 1")
+    first = program_version.__wrapped__(tmp_path)
+    assert program_version.__wrapped__(tmp_path) == first and first != program_version()
+    (tmp_path / "part" / "solver.py").write_text("RATE = 2")
+    assert program_version.__wrapped__(tmp_path) != first
 
 
 def test_resume_needs_a_folder(data):

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "slr_gpu"
 ORDER = [
     "errors",
     "storage",
+    "program",
     "parallel",
     "progress",
     "activations",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import FACTS, Store, as_stored, changes
+from ..checkpoint import FACTS, PROGRAM, Store, as_stored, changes
 from ..compress import check_budget
 from ..errors import InputError, complain
 from ..prepare import Prepared
@@ -71,17 +71,18 @@ def missing_steps(place: Place, job: Job, prepared: Prepared, facts: dict[str, A
         for path in folder.glob(f".{name}.*"):
             path.unlink()
     marker, begun = read_marker(folder), folder / CHECKPOINT / FACTS
-    before = None
+    before, now = None, as_stored(facts | job.facts())
     if marker is not None:
-        before = marker["facts"]
+        # A finished result stays one where the program is another now; pieces of two are not mixed.
+        before = marker["facts"] | {PROGRAM: now[PROGRAM]}
     elif begun.exists():
         before = load_json(begun)
-    changed = [] if before is None else changes(before, as_stored(facts | job.facts()))
+    changed = [] if before is None else changes(before, now)
     if changed and not place.force:
         raise InputError(
             complain(
                 f"a result of another run in {folder}: {'; '.join(changed)}",
-                "the same model, data, settings and budget",
+                "the same version, model, data, settings and budget",
                 "Undo the changes, name another job or out, or make it anew with --force.",
             )
         )

@@ -9,13 +9,13 @@ sums are cut alike everywhere.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy
 
 from ..activations import Activation
 from ..errors import BackendError, InputError, complain
+from ..program import KERNEL_FOLDERS, kernel_files
 
 THREADS = 256  # of a block of column_shrink.cu and masked_gradient.cu
 BLOCKS = 4096  # aimed at: several waves on the largest devices
@@ -38,15 +38,12 @@ def kernel_source(name: str, defines: str = "") -> str:
     BackendError
         When the installation lacks the file.
     """
-    package = Path(__file__).resolve().parent.parent
-    places = [package / "kernels", package.parent / "kernels"]
-    for place in places:
-        path = place / f"{name}.cu"
-        if path.is_file():
+    for path in kernel_files():
+        if path.stem == name:
             return defines + path.read_text(encoding="utf-8")
     raise BackendError(
         complain(
-            f"no {name}.cu in {places[0]} or {places[1]}",
+            f"no {name}.cu in {' or '.join(map(str, KERNEL_FOLDERS))}",
             "the kernels beside the package",
             "Install slr_gpu again.",
         )
