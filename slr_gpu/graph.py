@@ -54,6 +54,9 @@ _BATCH_NORMS = {
 }
 
 
+_SIZES = ("size", "dim", "__len__", "numel", "stride")
+
+
 @dataclass
 class LayerSite:
     """Where a layer stands in its model.
@@ -75,6 +78,8 @@ class LayerSite:
         What should be said about it.
     dense : str
         Why it cannot be compressed; empty when it can.
+    batch_axis : int
+        Of its input and output; not 0 for linear layers on (steps, samples, features).
     """
 
     name: str
@@ -85,6 +90,7 @@ class LayerSite:
     shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     note: str = ""
     dense: str = ""
+    batch_axis: int = 0
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -101,11 +107,10 @@ class LayerSite:
 class _Operation:
     """One recorded step: a leaf module's call or a function outside leaf modules."""
 
-    kind: str
     module: nn.Module | None
     name: str
-    args: tuple = ()
-    kwargs: dict = field(default_factory=dict)
+    args: tuple
+    kwargs: dict
     users: list[int] = field(default_factory=list)
 
 
@@ -146,16 +151,17 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        # Reading an attribute (shape, device) does not use the values.
-        if self.depth or name in ("__get__", "size", "dim", "__len__", "numel", "stride"):
+        if self.depth:
             return func(*args, **kwargs)
         self.depth += 1
         try:
-            index = self.begin((args, kwargs), _Operation("function", None, name, args, kwargs))
             result = func(*args, **kwargs)
         finally:
             self.depth -= 1
-        self.end(index, result)
+        # Reading a size, a shape or a device does not use the values; x.T does.
+        if name in _SIZES or (name == "__get__" and not any(True for _ in tensors_in(result))):
+            return result
+        self.end(self.begin((args, kwargs), _Operation(None, name, args, kwargs)), result)
         return result
 
 
@@ -178,7 +184,7 @@ def find_sites(model: nn.Module, call: Any) -> dict[str, LayerSite]:
     model : nn.Module
         In eval mode; unchanged on return.
     call : callable
-        Runs the model on one batch, without gradients.
+        Runs the model on one batch, without gradients, and returns its outputs.
 
     Returns
     -------
@@ -194,7 +200,8 @@ def find_sites(model: nn.Module, call: Any) -> dict[str, LayerSite]:
 
     def enter(module, args, kwargs):
         if recorder.depth == 0:
-            index = recorder.begin((args, kwargs), _Operation("module", module, names[id(module)]))
+            operation = _Operation(module, names[id(module)], args, kwargs)
+            index = recorder.begin((args, kwargs), operation)
             uses.setdefault(names[id(module)], []).append(index)
         else:
             index = -1
@@ -216,15 +223,17 @@ def find_sites(model: nn.Module, call: Any) -> dict[str, LayerSite]:
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(leave, with_kwargs=True))
         with recorder:
-            call()
+            outputs = call()
+        recorder.begin(outputs, _Operation(None, "output", (outputs,), {}))
 
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for site in sites.values():
         layer = model.get_submodule(site.name)
         site.calls = len(site.shapes)
         tied = any(owners[id(parameter)] > 1 for parameter in layer.parameters())
+        reached = any(0 not in output for _, output in site.shapes)
         site.dense = (
-            ("" if site.calls else "not reached by the first calibration sample")
+            ("" if reached else "not reached by the first calibration sample")
             or ("its weight is used by another module too" if tied else "")
             or adapter_for(layer).unsupported(layer)
             or ""
@@ -320,10 +329,14 @@ class _Follower:
         if module is None:
             namer = activations.TORCH_FUNCTIONS.get(operation.name)
             if namer is not None:
-                return _known(namer(*operation.args, **operation.kwargs))
+                kwargs = dict(operation.kwargs)
+                first = [kwargs.pop("input")] if "input" in kwargs else []
+                return _known(namer(*first, *operation.args, **kwargs))
             return _unknown(operation.name, operation.name in _UNKNOWN_FUNCTIONS)
         kind = type(module).__name__
         if _is_weightless(module):
+            if len(operation.args) + len(operation.kwargs) > 1:  # of more than the response
+                return _unknown(kind, False)
             name = _probe(module, shape)
             if not name:
                 return _unknown(kind, name is not None)

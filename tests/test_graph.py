@@ -93,6 +93,71 @@ def test_response_used_twice_is_identity():
     assert site.activation == "identity" and site.batch_norm is None
 
 
+class Reads(nn.Module):
+    """The second layer's response goes through a ReLU, and `also` of it is returned too."""
+
+    def __init__(self, also):
+        super().__init__()
+        self.a, self.b, self.c, self.also = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), also
+
+    def forward(self, x):
+        h = self.b(F.relu(self.a(x)))
+        return self.c(torch.relu(h)), self.also(h)
+
+
+@pytest.mark.parametrize("also", [lambda h: h, lambda h: h.T, lambda h: [{"h": h.mT}]])
+def test_what_is_returned_or_transposed_is_used(also):
+    site = sites_of(Reads(also), torch.randn(3, 4))["b"]
+    assert site.activation == "identity" and "more than once" in site.note
+
+
+def test_reading_a_shape_is_no_use():
+    for also in (len, torch.numel, lambda h: h.shape, lambda h: (h.device, h.size(0), h.ndim)):
+        assert sites_of(Reads(also), torch.randn(3, 4))["b"].activation == "relu"
+
+
+def test_a_norm_is_not_folded_into_a_response_that_is_returned():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.norm(h), h
+
+    assert sites_of(Both(), torch.randn(3, 4))["a"].batch_norm is None
+
+
+@pytest.mark.parametrize(
+    "function,name",
+    [(torch.relu, "relu"), (F.gelu, "gelu"), (lambda input: F.relu6(input=input), "clamp(0,6)")],
+)
+def test_activations_called_by_name(function, name):
+    class Named(Functional):
+        def forward(self, x):
+            return self.b(function(input=self.a(x)))
+
+    assert sites_of(Named(), torch.randn(2, 3, 5, 5))["a"].activation == name
+
+
+def test_a_module_of_two_tensors_is_no_activation():
+    class AddReLU(nn.Module):
+        def forward(self, x, skip=0.0):
+            return torch.relu(x + skip)
+
+    class Residual(nn.Module):
+        def __init__(self, *more):
+            super().__init__()
+            self.a, self.act, self.more = nn.Linear(4, 4), AddReLU(), more
+
+        def forward(self, x):
+            return self.act(self.a(x), *self.more)
+
+    for more, name in (((), "relu"), ((torch.ones(4),), "identity"), ((0.5,), "identity")):
+        assert sites_of(Residual(*more), torch.randn(3, 4))["a"].activation == name
+
+
 class Swish(nn.Module):
     """The user's own, with a module inside."""
 
