@@ -55,8 +55,14 @@ class _Adapter:
     def kernel_size(self, layer: nn.Module) -> tuple[int, ...]:
         raise NotImplementedError
 
-    def batched(self, layer: nn.Module, tensor: Tensor) -> Tensor:
-        """An input or output of the layer with a leading dimension, where it may lack one."""
+    def batched(self, layer: nn.Module, tensor: Tensor, axis: int = 0) -> Tensor:
+        """An input or output of the layer with a leading dimension, where it may lack one.
+
+        Parameters
+        ----------
+        axis : int
+            The dimension of the samples, which becomes the leading one.
+        """
         raise NotImplementedError
 
     def positions(self, layer: nn.Module, tensor: Tensor) -> int:
@@ -94,7 +100,7 @@ class _Adapter:
         grouped = self.groups(layer) > 1
         module = SLRGroupedConv(self.dims, parts) if grouped else self.target(**parts[0])
         module.assign(*decompositions)
-        module.train(layer.training)
+        module.train(layer.training).requires_grad_(layer.weight.requires_grad)
         return module.to(
             device=layer.weight.device,
             dtype=layer.weight.dtype,
@@ -117,7 +123,7 @@ class _ConvAdapter(_Adapter):
     def kernel_size(self, layer: nn.Module) -> tuple[int, ...]:
         return tuple(layer.kernel_size)
 
-    def batched(self, layer: nn.Module, tensor: Tensor) -> Tensor:
+    def batched(self, layer: nn.Module, tensor: Tensor, axis: int = 0) -> Tensor:
         return tensor if tensor.ndim == self.dims + 2 else tensor.unsqueeze(0)
 
     def positions(self, layer: nn.Module, tensor: Tensor) -> int:
@@ -185,14 +191,14 @@ class _LinearAdapter(_Adapter):
     def kernel_size(self, layer: nn.Module) -> tuple[int, ...]:
         return ()
 
-    def batched(self, layer: nn.Module, tensor: Tensor) -> Tensor:
-        return tensor if tensor.ndim > 1 else tensor.unsqueeze(0)
+    def batched(self, layer: nn.Module, tensor: Tensor, axis: int = 0) -> Tensor:
+        return tensor.movedim(axis, 0) if tensor.ndim > 1 else tensor.unsqueeze(0)
 
     def positions(self, layer: nn.Module, tensor: Tensor) -> int:
         return math.prod(tensor.shape[1:-1])
 
     def input_rows(self, layer: nn.Module, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], -1, x.shape[-1])[sample, position]
+        return x.reshape(len(x), self.positions(layer, x), x.shape[-1])[sample, position]
 
     output_rows = input_rows
 

@@ -33,7 +33,7 @@ from .parallel import ALONE, Group
 class Use(NamedTuple):
     """One call of a layer while a batch went through the original.
 
-    `leading` is the length of the first dimension of its output, mostly that of the batch, and
+    `leading` is the length of the leading dimension of its output, mostly that of the batch, and
     `positions` how many outputs an entry along it has.
     """
 
@@ -190,8 +190,8 @@ def record_references(
         adapter = adapter_for(layer)
 
         def hook(module, args, kwargs, output):
-            x = adapter.batched(layer, first_input(args, kwargs))
-            y = adapter.batched(layer, output)
+            x = adapter.batched(layer, first_input(args, kwargs), site.batch_axis)
+            y = adapter.batched(layer, output, site.batch_axis)
             use = Use(number, len(y), adapter.positions(layer, y), tuple(x.shape))
             call = calls[site.name]
             calls[site.name] += 1
@@ -264,9 +264,10 @@ def layer_parts(
     if inputs is None:
         X = references.inputs[site.name]
     else:
+        batched = ((n, adapter.batched(layer, x, site.batch_axis)) for n, x in inputs)
         rows = {
             number: adapter.input_rows(layer, x, *picks[number][:2])
-            for number, x in _matched(uses, ((n, adapter.batched(layer, x)) for n, x in inputs))
+            for number, x in _matched(uses, batched)
         }
         kept = np.repeat([i in rows for i in range(len(uses))], [len(pick[2]) for pick in picks])
         counts = sampler.group.objects(int(kept.sum()))

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .batches import Batch, Batches, Layout, as_argument, run_model, tidy
-from .graph import hooks, set_module
+from .batches import Batch, Batches, Layout, as_argument, first_samples, run_model, tidy
+from .graph import hooks, set_module, tensors_in
 from .spill import Spill, Waiting
 
 
@@ -47,6 +47,20 @@ def _gives(layout: Layout, arguments: list[str]) -> bool:
     return len(layout.shapes) == len(arguments) or any(name.startswith("*") for name in arguments)
 
 
+def _computes(graph: fx.Graph, model: nn.Module, batch: Batch) -> bool:
+    """Whether a trace gives what the model does.
+
+    A trace takes no branch that asks whether something is a tensor, and enters no autocast.
+    """
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        wanted = run_model(model, batch)
+        arguments = [as_argument(item, parameter) for item in batch]
+        got = fx.Interpreter(model, graph=graph).run(*arguments)
+    pairs = zip(tensors_in(wanted), tensors_in(got), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True) for a, b in pairs)
+
+
 class Frontier:
     """Inputs of one layer after another in a model whose earlier layers may have been replaced.
 
@@ -63,8 +77,9 @@ class Frontier:
     Attributes
     ----------
     traced : bool
-        Whether torch.fx could follow the model and met the layers in this order. If not, the model
-        is run from the start for each layer; in any case for those that are called several times.
+        Whether torch.fx could follow the model, met the layers in this order and recorded what the
+        model computes. If not, the model is run from the start for each layer; in any case for
+        those that are called several times.
     """
 
     def __init__(
@@ -80,7 +95,8 @@ class Frontier:
             # A trace took every argument for a tensor that is given.
             arguments = [node.target for node in graph.nodes if node.op == "placeholder"]
             given = all(_gives(layout, arguments) for layout in batches.layouts)
-            self.traced = given and list(dict.fromkeys(found)) == names
+            in_order = given and list(dict.fromkeys(found)) == names
+            self.traced = in_order and _computes(graph, model, first_samples(batches.first, 2))
         except Exception:
             # Whatever the model does that torch.fx cannot follow, running it still works.
             self.traced = False

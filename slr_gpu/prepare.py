@@ -222,7 +222,10 @@ class Prepared:
             )
 
     def _sites(self) -> dict[str, LayerSite]:
-        """All layers; those whose one input row is the same for every sample stay dense."""
+        """All layers; those whose one input row is the same for every sample stay dense.
+
+        Of which dimension the samples are shows where there are two of them.
+        """
         work, batch = self.work, self.batches.first
 
         def watched(count: int) -> dict[str, LayerSite]:
@@ -232,9 +235,21 @@ class Prepared:
         sites = watched(1)
         if len(first_tensor(batch)) > 1:
             for name, other in watched(2).items():
+                sites[name].batch_axis = _batch_axis(sites[name], other)
                 if other.calls and _rows(sites[name], work) == _rows(other, work) == 1:
                     sites[name].dense = sites[name].dense or "its input is the same for all samples"
         return sites
+
+
+def _batch_axis(one: LayerSite, two: LayerSite) -> int:
+    """The axis that is twice as long for two samples, in the inputs of all uses; else 0."""
+
+    def doubled(a: tuple[int, ...], b: tuple[int, ...]) -> list[int]:
+        return [] if len(a) != len(b) else [i for i in range(len(a)) if b[i] == 2 * a[i] != a[i]]
+
+    found = [doubled(a, b) for (a, _), (b, _) in zip(one.shapes, two.shapes, strict=False)]
+    axes = {tuple(axes) for axes in found}
+    return axes.pop()[0] if len(axes) == 1 and len(found[0]) == 1 else 0
 
 
 def _match(pattern: str, names: list[str], what: str) -> list[str]:

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import slr_gpu
-from slr_gpu.batches import run_model
+from slr_gpu.batches import Batches, run_model
 from slr_gpu.calibration import as_batches
 from slr_gpu.capture import Sampler, layer_parts, record_references
 from slr_gpu.frontier import Frontier
 from slr_gpu.graph import find_sites
+from slr_gpu.prepare import Prepared
+from slr_gpu.settings import Settings
 
 
 def sites_of(model, *inputs):
@@ -224,12 +226,83 @@ def test_a_leading_dimension_that_is_not_the_batch():
     np.testing.assert_allclose(part.responses, part.linear_targets, atol=1e-5)
     (part,) = parts_of(model, "b", data, rows=200)
     assert np.array_equal(part.sample_ids, np.repeat(np.arange(20), 10))
-    # (frames, samples, channels): frames do not divide by samples.
-    (part,) = parts_of(model, "c", data)
-    assert len(part.inputs) == 60 and part.sample_ids.max() < 20
+    # (frames, samples, channels)
+    prepared = Prepared(model, data, Settings(batch_size=10, asymmetric=False), "cpu")
+    site, references = prepared.sites["c"], prepared.references()
+    (part,) = layer_parts(prepared.original.c, site, references, prepared.sampler, None)
+    assert np.array_equal(part.sample_ids, np.repeat(np.arange(20), 3))
+    np.testing.assert_allclose(part.responses, part.linear_targets, atol=1e-5)
     result = slr_gpu.compress(model, data, {"flops": 0.6}, progress=False)
     assert result.report.achieved["flops"] <= 0.6
     assert result.report.flops == sum(row.flops for row in result.report.layers)
+
+
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_samples_are_known_whatever_their_dimension(asymmetric):
+    """One function in two layouts: the same samples are held out, so the fits are the same."""
+
+    class Steps(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = first
+            self.a, self.b, self.c = nn.Linear(8, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+
+        def forward(self, x):
+            x = x if self.first else x.transpose(0, 1)
+            x = self.c(F.relu(self.b(F.relu(self.a(x)))))
+            return x.mean(1 if self.first else 0)
+
+    # Rows of a sample are alike.
+    data = torch.randn(60, 1, 8) + 0.1 * torch.randn(60, 12, 8)
+    found = []
+    for first in (True, False):
+        result = slr_gpu.compress(
+            Steps(first).eval(), data, {"params": 0.7}, asymmetric=asymmetric, progress=False
+        )
+        found.append({row.name: row.error for row in result.report.layers if row.compressed})
+    assert found[0] and found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_layers_that_the_first_sample_leaves_empty():
+    class Some(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+            self.d = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = F.relu(self.d(F.relu(self.a(x))))
+            return self.c(F.relu(self.b(x[:0]))).sum(0) + self.c(x)
+
+    torch.manual_seed(0)
+    settings = {"allocation": "uniform", "progress": False, "keep_ends": False}
+    result = slr_gpu.compress(Some(), torch.randn(40, 4), {"flops": 0.9}, **settings)
+    rows = {row.name: row for row in result.report.layers}
+    assert rows["b"].reason == "not reached by the first calibration sample"
+    assert rows["d"].compressed and rows["c"].reason != rows["b"].reason
+
+
+@pytest.mark.parametrize("kind", ["branch", "autocast"])
+def test_traces_of_another_function_are_not_followed(kind):
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            if kind == "branch":
+                x = 3 * x + 1 if isinstance(x, torch.Tensor) else x
+                return self.c(F.relu(self.b(F.relu(self.a(x)))))
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.b(F.relu(self.a(x)))
+            return self.c(F.relu(x.float()))
+
+    torch.manual_seed(0)
+    model, data = Told().eval(), torch.randn(60, 8)
+    assert not Frontier(model, Batches.of([(data,)]), ["a", "b", "c"]).traced
+    (part,) = parts_of(model, "b", data)
+    np.testing.assert_allclose(part.responses, part.linear_targets, atol=2e-2)
 
 
 def test_single_samples_in_a_loop():
