@@ -108,7 +108,8 @@ def _tensor(array: np.ndarray) -> Tensor:
     """The same memory, also where that is a file opened for reading; nobody writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        backwards = any(stride < 0 for stride in array.strides)  # torch has no such tensors
+        return torch.from_numpy(array.copy() if backwards else array)
 
 
 def _passes(start: Callable[[], Iterable[Any]]) -> _Read:

@@ -111,8 +111,8 @@ def compress(
     checkpoint : path, optional
         Folder for finished pieces. Delete it once the result is saved.
     resume : bool
-        Go on with what is in `checkpoint`, if it is of the same version, model, data and settings. An
-        `eval_fn` must be the same one; that is not checked.
+        Go on with what is in `checkpoint`, if it is of the same version, model, data and settings.
+        An `eval_fn` must be the same one; that is not checked.
     spill_dir : path, optional
         Existing folder for activations that wait and take more than `memory_limit`; what is written
         there is removed. By default the system's folder for temporary files.

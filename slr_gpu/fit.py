@@ -123,10 +123,7 @@ def fit(
     request = _check_request(
         layer_io, keep, columns, channels, basis_rows, rank, lambda1, lambda2, budget, form
     )
-    if objective not in ("activation", "linear"):
-        raise InputError(
-            complain(f"objective={objective!r}", "'activation' or 'linear'", "Check the spelling.")
-        )
+    check_objective(objective)
     if solver is None:
         solver = ADMM() if request == "penalties" else Majorize()
     activation = activations.get("identity") if objective == "linear" else None
@@ -167,6 +164,14 @@ def fit(
         found = plain
     # Of rounding in what each rank computes for itself, nothing stays.
     return group.broadcast(found)
+
+
+def check_objective(objective: str) -> None:
+    """InputError for another name."""
+    if objective not in ("activation", "linear"):
+        raise InputError(
+            complain(f"objective={objective!r}", "'activation' or 'linear'", "Check the spelling.")
+        )
 
 
 def _layer_facts(layer_io: LayerIO) -> dict[str, Any]:

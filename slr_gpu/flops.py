@@ -5,6 +5,8 @@ In: a model and a batch. Out: the FLOPs of one call, in total and by module.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -31,7 +33,8 @@ def count_flops(model: nn.Module, batch: Batch) -> tuple[int, dict[str, int]]:
     -------
     total : int
     by_module : dict of str to int
-        Each with all that is inside of it; ``""`` for the model itself.
+        Each with all that is inside of it, under the first of its names; ``""`` for the model
+        itself.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     # It fails on modules that are called with a trainable parameter.
@@ -44,8 +47,12 @@ def count_flops(model: nn.Module, batch: Batch) -> tuple[int, dict[str, int]]:
         for parameter in trainable:
             parameter.requires_grad_(True)
     root = type(model).__name__
-    by_module = {
+    counted = {
         name.removeprefix(f"{root}.") if name != root else "": sum(counts.values())
         for name, counts in counter.get_flop_counts().items()
     }
-    return counter.get_total_flops(), by_module
+    # Of a module with several names torch may take another one.
+    first, by_module = {}, Counter()
+    for name, module in model.named_modules(remove_duplicate=False):
+        by_module[first.setdefault(module, name)] += counted.get(name, 0)
+    return counter.get_total_flops(), dict(by_module)

@@ -60,7 +60,7 @@ def choose(
         method="highs-ds",
     )
     if relaxed.status != 0:
-        return None
+        return None if start is None else _exchange(losses, costs, limits, list(start))
     prices = -relaxed.ineqlin.marginals
     reduced = [loss / scale + cost @ prices for loss, cost in zip(losses, costs, strict=True)]
     shares = np.split(relaxed.x, np.cumsum(sizes)[:-1])

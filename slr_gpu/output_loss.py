@@ -80,10 +80,14 @@ def output_loss(
     wanted, got = tensors_of(wanted), tensors_of(got)
     if loss == "kl":
         log_p, log_q = ((t[0].double() / temperature).log_softmax(1) for t in (wanted, got))
-        total = temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+        p = log_p.exp()
+        # Classes that are ruled out, by a score of -inf, have no share in either.
+        total = temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0.0).sum()
         return total, torch.tensor(float(len(log_p)), dtype=torch.float64)
-    total = sum((w - g).double().square().sum() for w, g in zip(wanted, got, strict=True))
-    return total, sum(w.double().square().sum() for w in wanted)
+    # So have infinite values that are the same.
+    changes = (torch.where(w == g, 0.0, w - g) for w, g in zip(wanted, got, strict=True))
+    total = sum(change.double().square().sum() for change in changes)
+    return total, sum(w.double()[~w.isinf()].square().sum() for w in wanted)
 
 
 def mean_loss(

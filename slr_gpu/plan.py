@@ -23,7 +23,8 @@ from rich.text import Text
 
 from .budget import RESOURCES, LayerCost
 from .decomposition import FORMS, Structure
-from .errors import InputError, complain
+from .errors import BudgetError, InputError, complain
+from .layer_budget import check_form
 from .storage import load_json, save_json
 
 PLAN_SCHEMA = 2
@@ -124,7 +125,7 @@ class LayerPlan:
         return cls(**{name: value[name] for name in cls.__dataclass_fields__ if name in value})
 
     def check(self, cost: LayerCost, forms: tuple[str, ...]) -> None:
-        """InputError unless the layer can take this on.
+        """InputError or BudgetError unless the layer can take this on.
 
         Parameters
         ----------
@@ -133,7 +134,18 @@ class LayerPlan:
         forms : tuple of str
             Those of the solver.
         """
-        if self.structure is None:
+        if self.form == "dense":
+            return
+        check_form(self.form, cost.taps > 1, forms, cost.kernel_size)
+        if self.limits is not None:
+            if not cost.budget(self.limits).allows(self.form):
+                raise BudgetError(
+                    complain(
+                        f"layer {self.name!r} with limits={self.limits}, form={self.form!r}",
+                        "at least what the smallest structure costs",
+                        "Raise them.",
+                    )
+                )
             return
         channels, taps = cost.budget({}).shape(self.form)
         r = channels if self.r is None else self.r
@@ -153,11 +165,11 @@ class LayerPlan:
                         "Edit the plan.",
                     )
                 )
-        if self.form not in forms or (self.form in _WITH_BASIS) != (self.r is not None):
+        if (self.form in _WITH_BASIS) != (self.r is not None):
             raise InputError(
                 complain(
                     f"layer {self.name!r} with form={self.form!r}, r={self.r}",
-                    f"one of {', '.join(forms)}; r with rotated and spatial only",
+                    "r with rotated and spatial only",
                     "Edit the plan.",
                 )
             )
@@ -168,9 +180,13 @@ BUILT = ("type", "arguments", "activation")
 
 
 def _check_limits(limits: Any, where: str) -> None:
-    good = isinstance(limits, dict) and all(
-        name in RESOURCES and isinstance(value, numbers.Real) and value > 0
-        for name, value in limits.items()
+    good = (
+        isinstance(limits, dict)
+        and limits
+        and all(
+            name in RESOURCES and isinstance(value, numbers.Real) and value > 0
+            for name, value in limits.items()
+        )
     )
     if not good:
         raise InputError(

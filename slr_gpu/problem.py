@@ -22,6 +22,8 @@ form of the same metric (`slr_gpu.metric`), on at most `MOST_ROWS` rows.
 from __future__ import annotations
 
 import copy
+import math
+import numbers
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -65,6 +67,18 @@ _COORDINATES = (
     "weight_responses",
     "centred_responses",
 )
+
+
+def check_shares(ridge: float, held_out: float) -> None:
+    """InputError for a ridge or a share of held-out rows out of range."""
+    if not isinstance(held_out, numbers.Real) or not 0 <= held_out <= 0.5:
+        raise InputError(
+            complain(f"held_out={held_out!r}", "a fraction in [0, 0.5]", "0.1 is usual.")
+        )
+    if not isinstance(ridge, numbers.Real) or not 0 < ridge < math.inf:
+        raise InputError(
+            complain(f"ridge={ridge!r}", "a positive fraction", "1e-3 is usual; 1e-6 is small.")
+        )
 
 
 class ResponseProblem:
@@ -114,14 +128,7 @@ class ResponseProblem:
         fold: int = 0,
         by_rows: bool = False,
     ) -> None:
-        if not 0 <= held_out <= 0.5:
-            raise InputError(
-                complain(f"held_out={held_out}", "a fraction in [0, 0.5]", "0.1 is usual.")
-            )
-        if not ridge > 0:
-            raise InputError(
-                complain(f"ridge={ridge}", "a positive fraction", "1e-3 is usual; 1e-6 is small.")
-            )
+        check_shares(ridge, held_out)
         self.ops, self.layer_io = ops, layer_io
         self.channels, self.taps = layer_io.channels, layer_io.taps
         self.activation = layer_io.activation if activation is None else activation

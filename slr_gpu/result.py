@@ -180,7 +180,7 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Modul
                 continue
             dense = model.get_submodule(entry["name"])
             module = build_from_plan(entry["type"], entry["arguments"])
-            set_module(model, entry["name"], module.to(dense.weight.dtype))
+            set_module(model, entry["name"], module.to(dense.weight))
         load_model(model, str(folder / "model.safetensors"), strict=True)
     except (AttributeError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise InputError(

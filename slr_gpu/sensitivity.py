@@ -8,6 +8,7 @@ model's output on held-out samples when this layer alone is replaced by one of t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .analysis import Analysis, LayerAnalysis, check_allocation
 from .batches import Batches, run_model
 from .capture import full_precision, layer_parts, response_energies
 from .checkpoint import Store, check_ranks, fingerprint
-from .errors import InputError, complain
+from .errors import InputError, ModelError, complain
 from .frontier import Frontier
 from .graph import set_module
 from .knapsack import undominated
@@ -278,6 +279,18 @@ class _Judge:
         return self.group.first(lambda: float(self.eval_fn(self.model)))
 
     def __call__(self, name: str, replaced: nn.Module) -> float:
+        value = self._loss(name, replaced)
+        if not math.isfinite(value):
+            raise ModelError(
+                complain(
+                    f"{self.loss} of {value} with {name} compressed",
+                    "a finite number",
+                    "Check what the model returns, and eval_fn; allocation='response' needs neither.",
+                )
+            )
+        return value
+
+    def _loss(self, name: str, replaced: nn.Module) -> float:
         if self.eval_fn is not None:
             layer = self.model.get_submodule(name)
             set_module(self.model, name, replaced)

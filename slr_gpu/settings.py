@@ -5,11 +5,14 @@ In: arguments, or the JSON values of a plan. Out: `Settings`, checked.
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import InputError, complain
+from .fit import check_objective
 from .layer_budget import BLOCK, check_form
+from .problem import check_shares
 from .solvers import SOLVERS, Majorize, Solver
 
 _OVERRIDES = ("keep", "form")
@@ -51,6 +54,10 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(complain(f"{name}={value!r}", "an integer >= 1", "Raise it."))
+        check_objective(self.objective)
+        check_shares(1.0 if self.ridge == "auto" else self.ridge, self.held_out)
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise InputError(complain(f"seed={self.seed!r}", "an integer >= 0", "Use another."))
         names = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
         object.__setattr__(self, "ignore", names)
         for pattern, option in self.overrides.items():
@@ -63,9 +70,11 @@ class Settings:
                     )
                 )
             fraction = option.get("keep", 1.0)
-            if not 0 < fraction <= 1:
+            if not isinstance(fraction, numbers.Real) or not 0 < fraction <= 1:
                 raise InputError(
-                    complain(f"overrides[{pattern!r}] keep={fraction}", "a fraction in (0, 1]", "")
+                    complain(
+                        f"overrides[{pattern!r}] keep={fraction!r}", "a fraction in (0, 1]", ""
+                    )
                 )
             check_form(option.get("form", "auto"), spatial=True, known=self.solver.forms)
 

@@ -38,7 +38,8 @@ def check_model(model: nn.Module) -> None:
                     "Build the model from its classes and load the weights.",
                 )
             )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    buffers = dict(model.named_buffers())
+    for name, tensor in [*model.named_parameters(), *buffers.items()]:
         if torch.nn.parameter.is_lazy(tensor):
             raise InputError(
                 complain(
@@ -47,7 +48,11 @@ def check_model(model: nn.Module) -> None:
                     "Call it once, or load its weights.",
                 )
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point():
+            continue
+        # Buffers may hold infinities: masks of attention do.
+        bad = tensor.isnan() if name in buffers else ~tensor.isfinite()
+        if bad.any():
             raise InputError(
                 complain(f"NaN or Inf in {name}", "finite weights", "Check the checkpoint.")
             )
@@ -99,11 +104,12 @@ def restore(work: nn.Module, model: nn.Module) -> nn.Module:
         while name not in originals:  # inside a replaced layer
             name = name.rpartition(".")[0]
         module.training = originals[name].training
-        tensors = [*originals[name].parameters(), *originals[name].buffers()]
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
-        if dtype is not None and dtype.itemsize < 4:
-            for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                if tensor.is_floating_point():
+        own = {**dict(originals[name].named_parameters()), **dict(originals[name].named_buffers())}
+        usual = next((t.dtype for t in own.values() if t.is_floating_point()), torch.float32)
+        for kind in (module.named_parameters, module.named_buffers):
+            for key, tensor in kind(recurse=False):
+                dtype = own[key].dtype if key in own else usual
+                if tensor.is_floating_point() and dtype.itemsize < 4:
                     tensor.data = tensor.data.to(dtype)
     return work
 

@@ -307,3 +307,9 @@ def test_command_line(tmp_path, monkeypatch):
         done = run("--data", "shards", "--out", "other", *more)
         assert done.exit_code == 1 and match in done.output.replace("\n", " ")
         assert not (tmp_path / "other").exists()
+
+
+def test_arrays_that_run_backwards():
+    array = np.arange(12.0, dtype=np.float32).reshape(6, 2)[::-1]
+    (batch,) = as_batches(array, nn.Linear(2, 2), 10)
+    assert np.array_equal(batch[0].numpy(), array)

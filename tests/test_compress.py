@@ -328,6 +328,64 @@ def test_mixed_precision_comes_back_as_it_was(model, data):
     result.model(data)
 
 
+def test_frozen_models_and_buffers_come_back_as_they_were(model, data, tmp_path):
+    model.half().requires_grad_(False).register_buffer("scale", torch.tensor([1.0001]))
+    result = slr_gpu.compress(model, data, {"params": 0.5}, refine=True, progress=False)
+    assert not any(parameter.requires_grad for parameter in result.model.parameters())
+    assert torch.equal(result.model.scale, torch.tensor([1.0001]))
+    assert {p.dtype for p in result.model.parameters()} == {torch.float16}
+
+
+@pytest.mark.filterwarnings("ignore:.*non-meta parameter")
+def test_load_builds_where_the_factory_does(model, data, tmp_path):
+    slr_gpu.compress(model, data, {"params": 0.5}, progress=False).save(tmp_path)
+    loaded = slr_gpu.load(tmp_path, lambda: small_network().to("meta"))
+    assert {p.device.type for p in loaded.parameters()} == {"meta"}
+
+
+def test_masks_of_infinities_and_classes_ruled_out():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 24), nn.Linear(24, 24), nn.Linear(24, 4)
+            self.register_buffer("mask", torch.tensor([0.0, 0.0, -torch.inf, 0.0]))
+
+        def forward(self, x):
+            return self.c(F.relu(self.b(F.relu(self.a(x))))) + self.mask
+
+    torch.manual_seed(0)
+    model, data = Masked().eval(), torch.randn(60, 8)
+    for loss in ("kl", "mse"):
+        run = {"loss": loss, "refine": slr_gpu.Refinement(epochs=2), "progress": False}
+        result = slr_gpu.compress(model, data, {"params": 0.8}, **run)
+        assert result.report.achieved["params"] <= 0.8
+        assert 0 < result.report.refinement["before"] < 1
+        assert all(p.isfinite().all() for p in result.model.parameters())
+    model.mask[0] = torch.nan
+    with pytest.raises(slr_gpu.InputError, match="NaN or Inf in mask"):
+        slr_gpu.compress(model, data, {"params": 0.8}, progress=False)
+
+
+def test_flops_of_a_module_with_two_names():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shared = nn.Linear(16, 16)
+            self.f = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), shared)
+            self.g = nn.Sequential(shared, nn.ReLU(), nn.Linear(16, 3))
+
+        def forward(self, x):
+            return self.g(F.relu(self.f(x)))
+
+    torch.manual_seed(0)
+    run = {"allocation": "uniform", "progress": False}
+    report = slr_gpu.compress(Shared(), torch.randn(40, 4), {"flops": 0.8}, **run).report
+    rows = {row.name: row for row in report.layers}
+    assert rows["f.2"].flops == 2 * 2 * 16 * 16  # called twice
+    assert sum(row.flops for row in report.layers) == report.flops
+    assert sum(row.flops_kept for row in report.layers) == report.flops_kept
+
+
 def test_channels_last(model, data, tmp_path):
     """The same fits as for a contiguous model, and kernels that stay channels last."""
     plain = slr_gpu.compress(model, data, {"params": 0.5}, progress=False)
@@ -422,9 +480,16 @@ def raising(model, data, error, match, **settings):
         ({"form": "diagonal"}, "one of auto"),
         ({"ignore": ["*"]}, "without a layer"),
         ({"samples": 0}, "samples"),
+        ({"objective": "after"}, "objective='after'"),
+        ({"ridge": "strong"}, "ridge='strong'"),
+        ({"ridge": 0}, "ridge=0"),
+        ({"held_out": 0.9}, "held_out=0.9"),
+        ({"overrides": {"2": {"keep": "0.5"}}}, "keep='0.5'"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_bad_settings(model, data, settings, match):
+def test_bad_settings(model, data, settings, match, monkeypatch):
+    monkeypatch.setattr(sys.modules["slr_gpu.compress"], "measure", None)  # before any work
     raising(model, data, slr_gpu.InputError, match, **settings)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +85,14 @@ def test_more_budget_is_never_worse_and_none_is_refused():
     least = sum(cost[0] for cost in costs)
     assert choose(losses, costs, 0.999 * least) is None
     assert choose(losses, costs, least) is not None
+
+
+def test_a_start_is_kept_where_no_bound_is_found(monkeypatch):
+    module = sys.modules["slr_gpu.knapsack"]
+    monkeypatch.setattr(module, "linprog", lambda *a, **k: SimpleNamespace(status=4))
+    losses, costs = [np.array([3.0, 2.0, 0.0])], [np.array([[1.0], [2.0], [3.0]])]
+    assert choose(losses, costs, np.array([2.0]), start=[0]) == [1]
+    assert choose(losses, costs, np.array([2.0])) is None
 
 
 def test_undominated_options():

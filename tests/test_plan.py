@@ -176,6 +176,13 @@ def test_eval_fn_is_asked_instead(model, data):
     assert max(effects) > 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_effects_must_be_finite(model, data, value):
+    answers = iter([1.0])  # of the dense model
+    with pytest.raises(slr_gpu.ModelError, match="eval_fn of .* with a compressed"):
+        slr_gpu.analyze(model, data, eval_fn=lambda m: next(answers, value), progress=False)
+
+
 def test_predicted_effects():
     effects = [(0.2, 0.05), (0.01, 0.001), (0.05, 0.01)]
     errors = np.array([0.01, 0.05, 0.2])
@@ -348,6 +355,9 @@ def test_edits_are_carried_out(model, data, analysis, tmp_path):
         (lambda p: p["layers"][0].update(form="rotated", r=3, s=1, k=2.5), "k=2.5"),
         (lambda p: p["layers"][0].update(form="rotated", r=3, s=0, k=0), "s=0 and k=0"),
         (lambda p: p["layers"][0].update(form="auto", limits={"flops": -1}), "positive numbers"),
+        (lambda p: p["layers"][0].update(form="columns", limits={}), "positive numbers"),
+        (lambda p: p["layers"][-1].update(form="auto", limits={"params": 0.5}), "smallest"),
+        (lambda p: p["layers"][-1].update(form="rotated", r=2, s=1, k=1), "without a spatial"),
         (lambda p: p["layers"][0].update(form="rotated", r=11, s=1, k=2), r"r=11.*\[1, 10\]"),
         (lambda p: p["layers"][0].update(form="rotated", r=3, s=4, k=2), r"s=4.*\[0, 3\]"),
         (lambda p: p["layers"][0].update(form="rotated", r=1, s=0, k=10), r"k=10.*\[0, 9\]"),
