@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .batches import Batch, Batches, Layout, Named, bytes_of, first_tensor, mapped
 from .errors import InputError, complain
-from .sample_files import SampleFiles
+from .sample_files import SampleFiles, load_array
 from .spill import check_limit, usual_limit
 
 # Numbered batches of a source as it yields them; all of them, or those of some numbers.
@@ -36,9 +36,9 @@ def as_batches(
     Parameters
     ----------
     data : array, tensor, iterable of batches, Dataset, DataLoader, path or callable
-        One array (N, ...), also a memory-mapped one, is cut into batches, and so are a Dataset with
-        numbered samples and the arrays in a folder of ``.npy`` files, one after another in the
-        order of their names. A batch is a tensor, a sequence whose leading items are the model's
+        One array (N, ...), also a memory-mapped one or that of an ``.npz`` file, is cut into
+        batches, and so are a Dataset with numbered samples and the arrays in a folder of ``.npy``
+        files, one after another in the order of their names. A batch is a tensor, a sequence whose leading items are the model's
         arguments (what follows them, labels, is dropped), or a dict of arguments by name; an
         IterableDataset yields batches too. A callable without arguments returns any of these, or an
         iterator of batches, and then it is called again for each pass.
@@ -61,6 +61,8 @@ def as_batches(
             return as_batches(made, model, batch_size, memory_limit)
         ready = [made]
         return _Checked(_passes(lambda: ready.pop() if ready else data()), model).batches(limit)
+    if isinstance(data, (str, Path)) and Path(data).suffix == ".npz":
+        data = load_array(data)
     if isinstance(data, (np.ndarray, Tensor)):
         return _Checked(_passes(lambda: _cut(data, batch_size)), model).batches(float("inf"))
     if isinstance(data, (str, Path)):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .batches import Batch
 from .decomposition import Decomposition
 from .errors import InputError, complain
 from .parallel import ALONE, Group
@@ -40,7 +41,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     Bits also depend on the number of threads and the versions of libraries, which are not in it.
     """
     # By batches, so that each rank reads its own and the number of ranks does not matter.
-    own = [_hash_of_tensors(batch) for batch in prepared.batches]
+    own = [_hash_of_batch(batch) for batch in prepared.batches]
     digests = [digest for digests in prepared.group.objects(own) for digest in digests]
     data = hashlib.sha256("".join(digests).encode()).hexdigest()
     return {PROGRAM: program_version(), "calibration data": data, **_work(prepared)}
@@ -62,7 +63,7 @@ def check_ranks(prepared: Prepared, facts: dict[str, Any]) -> None:
     prepared.group.check_same(
         lambda: {
             "calibration samples": prepared.sample_count,
-            "first calibration samples": _hash_of_tensors(prepared.batches.first),
+            "first calibration samples": _hash_of_batch(prepared.batches.first),
             **_work(prepared),
             **facts,
         }
@@ -70,28 +71,41 @@ def check_ranks(prepared: Prepared, facts: dict[str, Any]) -> None:
 
 
 def _hash_of_model(model: nn.Module) -> str:
-    """Of the modules as they print, and of every weight and buffer."""
-    state = model.state_dict()
+    """Of the modules as they print, every weight and buffer, and what `forward` reads besides."""
     digest = hashlib.sha256(repr(model).encode())
-    for name in sorted(state):
-        digest.update(name.encode())
-        if isinstance(state[name], torch.Tensor):
-            _add(digest, state[name])
+    tensors = {**model.state_dict(), **dict(model.named_buffers())}
+    _add(digest, {name: tensors[name] for name in sorted(tensors)})
+    for name, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+        _add(digest, {name: {key: own[key] for key in sorted(own)}})
     return digest.hexdigest()
 
 
-def _hash_of_tensors(tensors: Any) -> str:
+# Of a module in any mode, with any hooks.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _hash_of_batch(batch: Batch) -> str:
     digest = hashlib.sha256()
-    for tensor in tensors:
-        if isinstance(tensor, torch.Tensor):
-            _add(digest, tensor)
+    _add(digest, [*batch, *getattr(batch, "names", ())])
     return digest.hexdigest()
 
 
-def _add(digest: Any, tensor: torch.Tensor) -> None:
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().tobytes())
+def _add(digest: Any, value: Any) -> None:
+    """Tensors, numbers, texts, and lists, tuples and dicts of them; what else there is counts not."""
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _add(digest, item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _add(digest, key)
+            _add(digest, item)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        digest.update(f"{type(value).__name__} {value!r};".encode())
 
 
 class Store:
@@ -135,6 +149,17 @@ class Store:
         if not resume:
             self.clear()
         path = self.folder / FACTS
+        others = [] if path.exists() or not self.folder.is_dir() else self.folder.iterdir()
+        # A run that was killed at once leaves the facts under another name.
+        others = [other.name for other in others if not other.name.startswith(f".{FACTS}.")]
+        if others:
+            raise InputError(
+                complain(
+                    f"{self.folder}, which holds {others[0]!r} and is no checkpoint",
+                    "a folder of its own, which is deleted in the end",
+                    "Name another, or move what is in it.",
+                )
+            )
         if path.exists():
             changed = changes(load_json(path), facts)
             if changed:
@@ -157,6 +182,15 @@ class Store:
     def part(self, name: str) -> Store:
         """A store inside this one."""
         return Store(self.folder / name, self.group)
+
+    @staticmethod
+    def clear_named(root: str | Path) -> None:
+        """Delete the stores under `root`, and `root` if nothing else is in it."""
+        root = Path(root)
+        for folder in [*root.iterdir()] if root.is_dir() else []:
+            Store(folder).clear()
+        if root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
 
     def clear(self) -> None:
         """Delete what is there, if it is a store."""

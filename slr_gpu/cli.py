@@ -6,7 +6,6 @@ message when the input cannot be worked with.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +54,7 @@ from .cli_options import (
     Threads,
     Weights,
 )
+from .errors import InputError, complain
 from .parallel import ranks
 
 app = typer.Typer(
@@ -96,7 +96,7 @@ def compress(
     with clear_errors():
         from .compress import compress as run
 
-        _check_export(export, runtime)
+        _check_export(export, runtime, threads)
         budget, chosen = parse_keep(keep), make_solver(solver)
         with ranks(device) as group:
             result = run(
@@ -131,7 +131,10 @@ def analyze(
     model: Model,
     data: Data,
     out: Out,
-    keep: Annotated[str | None, typer.Option(help="Also write a plan for this budget.")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Also write a plan for this budget; for one of latency, time layers."),
+    ] = None,
     weights: Weights = None,
     form: Form = "auto",
     solver: Solver = "majorize",
@@ -151,9 +154,16 @@ def analyze(
 ) -> None:
     """Measure what each layer loses at what cost: analysis.json, and plan.json with --keep."""
     with clear_errors():
+        from .budget import check_keep
+        from .checkpoint import Store
+        from .layer_seconds import LatencyTarget
         from .sensitivity import analyze as run
 
-        budget = None if keep is None else parse_keep(keep)
+        budget = {} if keep is None else check_keep(parse_keep(keep))
+        if budget:
+            _check_plan_file(out / "plan.json", picture)
+        elif picture is not None:
+            raise InputError(complain("--picture without --keep", "a plan to draw", "Add --keep."))
         with ranks(device) as group:
             analysis = run(
                 load_model(model, weights),
@@ -169,7 +179,8 @@ def analyze(
                 keep_ends=keep_ends,
                 asymmetric=asymmetric,
                 seed=seed,
-                cache=out / _CHECKPOINT,
+                latency=LatencyTarget() if "latency" in budget else None,
+                cache=out / _ANALYSIS,
                 device=device,
                 spill_dir=spill_dir,
                 memory_limit=parse_bytes(memory_limit),
@@ -178,9 +189,9 @@ def analyze(
         if group.rank:
             return
         analysis.save(out / "analysis.json")
-        shutil.rmtree(out / _CHECKPOINT, ignore_errors=True)
+        Store.clear_named(out / _ANALYSIS)
         Console().print(f"written to {out}: analysis.json")
-        if budget is not None:
+        if budget:
             _write_plan(analysis.allocate(budget), out / "plan.json", picture)
 
 
@@ -201,6 +212,7 @@ def allocate(
         from .analysis import TOLERANCE, Analysis
 
         budget = parse_keep(keep)
+        _check_plan_file(out, picture)
         tolerance = TOLERANCE if tolerance is None else tolerance
         _write_plan(Analysis.load(analysis).allocate(budget, allocation, tolerance), out, picture)
 
@@ -228,7 +240,7 @@ def apply(
         from .compress import apply as run
         from .plan import Plan
 
-        _check_export(export, runtime)
+        _check_export(export, runtime, threads)
         with ranks(device) as group:
             result = run(
                 load_model(model, weights),
@@ -247,15 +259,18 @@ def apply(
             _write(result, out, export, runtime, threads)
 
 
-# Folder of finished pieces inside the folder of the result.
+# Folders of finished pieces inside the folder of the result.
 _CHECKPOINT = "checkpoint"
+_ANALYSIS = "analysis-checkpoint"
 
 
-def _check_export(export: list[str], runtime: str) -> None:
+def _check_export(export: list[str], runtime: str, threads: int) -> None:
     """Refuse files that cannot be written, and runtimes that do not work, before any work."""
     from .export import check_target
     from .runtime.layer_timing import check_runtime
+    from .runtime.timing import check_threads
 
+    check_threads(threads)
     if runtime not in ("auto", "none"):
         check_runtime(runtime)
     for name in export:
@@ -263,9 +278,10 @@ def _check_export(export: list[str], runtime: str) -> None:
 
 
 def _write(result: Any, out: Path, export: list[str], runtime: str, threads: int) -> None:
-    """Save a result, and only then forget the pieces it was made of."""
+    """Save a result, and only when all is written forget the pieces it was made of."""
+    from .checkpoint import Store
+
     result.save(out)
-    shutil.rmtree(out / _CHECKPOINT, ignore_errors=True)
     result.report.print()
     Console().print(f"written to {out}: model.safetensors, plan.json, report.json")
     for name in export:
@@ -275,6 +291,24 @@ def _write(result: Any, out: Path, export: list[str], runtime: str, threads: int
         Console().print(f"written to {out}: {name}, relative error {exported.error:.1e}")
     if export:
         result.save_report(out)  # once more, with the graphs that were chosen
+    Store(out / _CHECKPOINT).clear()
+
+
+def _check_plan_file(path: Path, picture: Path | None) -> None:
+    """Refuse places for a plan that are taken, and pictures of no known kind, before any work."""
+    from .plan_plot import check_picture
+    from .storage import load_json
+
+    if picture is not None:
+        check_picture(picture)
+    if path.is_dir():
+        raise InputError(complain(f"{path}, a folder", "the name of a file", "Add plan.json."))
+    if path.exists() and "folded" in load_json(path):
+        raise InputError(
+            complain(
+                f"{path}, which belongs to a compressed model", "another file", "Change --out."
+            )
+        )
 
 
 def _write_plan(plan: Any, path: Path, picture: Path | None) -> None:

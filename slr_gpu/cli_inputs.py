@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .errors import InputError, SLRError, complain
+from .errors import InputError, SLRError, complain, described
 from .parallel import told_to_stop
+from .sample_files import load_array
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn this package's errors into one line and exit status 1."""
+    """Turn this package's errors, and those of files, into one line and exit status 1."""
     try:
         with told_to_stop():
             yield
-    except SLRError as error:
+    except (SLRError, OSError) as error:  # a disk that is full, a file where a folder should be
         text = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
@@ -44,14 +45,22 @@ def import_object(reference: str, option: str) -> Any:
         sys.path.insert(0, "")  # modules beside the user, as with python -m
     try:
         return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever is at the top of the user's module
         raise InputError(
             complain(
-                f"{option} {reference!r}: {error}",
+                f"{option} {reference!r}: {described(error)}",
                 "a name that can be imported",
                 "Run from the folder of the module, or install it.",
             )
         ) from error
+
+
+def import_function(reference: str, option: str) -> Callable[..., Any]:
+    """The function, or class, that ``pkg.module:name`` names."""
+    found = import_object(reference, option)
+    if not callable(found):
+        raise InputError(complain(f"{option} {reference!r}", "a function", "Name another."))
+    return found
 
 
 def parse_keep(text: str) -> dict[str, float]:
@@ -103,36 +112,35 @@ def parse_bytes(text: str | None) -> int | None:
 
 def calibration_data(reference: str) -> Any:
     """What `slr_gpu.compress` reads for itself, as often as it needs to: a path, or an object."""
-    if Path(reference).is_dir() or reference.endswith(".npy"):
+    if Path(reference).is_dir() or reference.endswith((".npy", ".npz")):
         return Path(reference)
-    if reference.endswith(".npz"):
-        return load_data(reference)
     return import_object(reference, "--data")
 
 
 def load_data(reference: str) -> Any:
     """Data from a .npy or .npz file or from ``pkg.module:loader``."""
-    import numpy as np
-
     if not reference.endswith((".npy", ".npz")):
         loader = import_object(reference, "--data")
         return loader() if callable(loader) else loader
-    try:
-        data = np.load(reference, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            complain(f"--data {reference}: {error}", "a whole .npy or .npz file", "Check the path.")
-        ) from error
-    if reference.endswith(".npz"):
-        data = data[data.files[0]]
-    return data if data.dtype.kind in "iub" else data.astype(np.float32)
+    data = load_array(reference)
+    return data if data.dtype.kind in "iub" else data.astype("float32")
 
 
 def load_model(reference: str, weights: Path | None) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    model = import_object(reference, "--model")()
+    make = import_function(reference, "--model")
+    try:
+        model = make()
+    except Exception as error:  # of the user's own
+        raise InputError(
+            complain(
+                f"--model {reference!r}: {described(error)}",
+                "a function without arguments that makes the model",
+                "Call it yourself to see it.",
+            )
+        ) from error
     if weights is not None:
         try:
             model.load_state_dict(load_file(weights))

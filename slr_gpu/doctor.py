@@ -16,15 +16,13 @@ from .errors import BackendError
 from .fit import fit
 from .layer_io import LayerIO
 from .ops import why_not_cuda
+from .program import release
 
 
 def run() -> None:
     """Print the packages and try the backends."""
     console = Console()
-    console.print(
-        f"slr_gpu {importlib.metadata.version('slr_gpu')}, Python {platform.python_version()},"
-        f" {platform.machine()}"
-    )
+    console.print(f"slr_gpu {release()}, Python {platform.python_version()}, {platform.machine()}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("package", "version", "for", "how to get it"):
         table.add_column(title)

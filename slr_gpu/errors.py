@@ -5,6 +5,9 @@ got, what was expected, and what to do about it. Numerical outcomes (not converg
 only partly used) are not errors: they are values of `slr_gpu.Status`.
 """
 
+import os
+import traceback
+
 
 class SLRError(Exception):
     """Base class of the errors that this package raises on purpose."""
@@ -24,6 +27,13 @@ class BackendError(SLRError, RuntimeError):
 
 class ModelError(SLRError, RuntimeError):
     """The user's model failed while it was run on the calibration data."""
+
+
+def described(error: Exception) -> str:
+    """An error of code that is not this package's, and the line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}"
+    return f"{type(error).__name__}: {error} ({place})"
 
 
 def complain(got: object, expected: str, remedy: str) -> str:

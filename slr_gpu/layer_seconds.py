@@ -31,6 +31,7 @@ from .fold import deployable, for_deployment
 from .prepare import Prepared
 from .runtime.layer_timing import Case, time_layers
 from .runtime.measure import cpu_name
+from .runtime.timing import check_threads
 from .storage import load_json, save_json
 
 # Structures timed a shape of layer.
@@ -60,10 +61,11 @@ class LatencyTarget:
     time_limit_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("threads", "time_limit_s"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise InputError(complain(f"{name}={value!r}", "a number > 0", "Raise it."))
+        check_threads(self.threads)
+        if not self.time_limit_s > 0:
+            raise InputError(
+                complain(f"time_limit_s={self.time_limit_s!r}", "a number > 0", "Raise it.")
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """What decides the seconds, as JSON values."""

@@ -19,6 +19,18 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 
 
+def check_picture(path: str | Path) -> None:
+    """InputError for another kind of file, BackendError without matplotlib."""
+    if Path(path).suffix not in FORMATS:
+        raise InputError(complain(f"{path}", f"a name that ends in {', '.join(FORMATS)}", ""))
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise BackendError(
+            complain("no matplotlib", "matplotlib for plots", "pip install 'slr_gpu[plot]'")
+        ) from error
+
+
 def plot_plan(plan: Plan, path: str | Path) -> None:
     """Draw shares kept by layer and, where predicted, losses by layer.
 
@@ -29,15 +41,10 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     BackendError
         Without matplotlib.
     """
+    check_picture(path)
+    from matplotlib.figure import Figure
+
     path = Path(path)
-    if path.suffix not in FORMATS:
-        raise InputError(complain(f"{path}", f"a name that ends in {', '.join(FORMATS)}", ""))
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendError(
-            complain("no matplotlib", "matplotlib for plots", "pip install 'slr_gpu[plot]'")
-        ) from error
     layers = plan.layers
     resources = list(dict.fromkeys(name for layer in layers for name in layer.share))
     predicted = any(layer.loss for layer in layers)

@@ -22,6 +22,14 @@ def kernel_files() -> list[Path]:
     return next(filter(None, found), [])
 
 
+def release() -> str:
+    """The version that is installed; a checkout need not be."""
+    try:
+        return importlib.metadata.version("slr_gpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 @functools.cache
 def program_version(package: Path = PACKAGE) -> str:
     """The release, and the start of the SHA-256 of all sources."""
@@ -31,4 +39,4 @@ def program_version(package: Path = PACKAGE) -> str:
         digest.update(path.read_bytes())
     for path in kernel_files():
         digest.update(path.read_bytes())
-    return f"{importlib.metadata.version('slr_gpu')}, sources {digest.hexdigest()[:12]}"
+    return f"{release()}, sources {digest.hexdigest()[:12]}"

@@ -26,6 +26,7 @@ from .graph import LayerSite, fold_batch_norm, set_module
 from .lowering import lower
 from .plan import check_schema
 from .report import Report
+from .runtime.timing import check_threads
 from .storage import load_json, save_json, write_atomically
 
 
@@ -131,6 +132,7 @@ class Result:
             See `slr_gpu.export.export_model`; nothing is written then.
         """
         check_target(path)
+        check_threads(threads)
         path = Path(path)
         inputs = self.example if inputs is None else inputs
         if runtime == "auto":

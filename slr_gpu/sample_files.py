@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class SampleFiles:
             raise InputError(
                 complain(f"{path} without .npy files", "a folder of them", "Check the path.")
             )
-        arrays = [_opened(path) for path in self.paths]
+        arrays = [load_array(path) for path in self.paths]
         first = arrays[0]
         for path, array in zip(self.paths, arrays, strict=True):
             if array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
@@ -75,19 +76,33 @@ class SampleFiles:
         parts = []
         for file in range(self._file(begin), self._file(end - 1) + 1):
             start = self._starts[file]
-            rows = _opened(self.paths[file])[max(begin - start, 0) : end - start]
+            rows = load_array(self.paths[file])[max(begin - start, 0) : end - start]
             parts.append(rows.astype(self.dtype))  # a copy; the file is closed again
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _opened(path: Path) -> np.ndarray:
-    """The array of a file, mapped into memory."""
+def load_array(path: str | Path) -> np.ndarray:
+    """The array of a ``.npy`` file, mapped into memory, or the only one of an ``.npz`` file.
+
+    Raises
+    ------
+    InputError
+        For files that are missing or cut short, or hold anything else.
+    """
+    path = Path(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        if path.suffix == ".npz":
+            with array as archive:
+                array = archive[archive.files[0]] if len(archive.files) == 1 else archive.files
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise InputError(
-            complain(f"{path}: {error}", "a whole .npy file of numbers", "Write it again.")
+            complain(f"{path}: {error}", "a whole .npy or .npz file of numbers", "Write it again.")
         ) from error
+    if isinstance(array, list):
+        raise InputError(
+            complain(f"{path} with {len(array)} arrays", "one array", "Write an .npy file of each.")
+        )
     if array.ndim == 0 or array.dtype.kind not in "fiub":
         raise InputError(
             complain(

@@ -199,7 +199,7 @@ def test_all_errors_are_found_at_once_and_nothing_is_written(folder):
         "batch_nets:nothing",
         "missing.npy",
         "missing.safetensors",
-        "models 2 ('two'): got model = 'batch_nets:number'; expected a function",
+        "models 2 ('two'): got model 'batch_nets:number'; expected a function",
         "no_such_module",
         "eval 'batch_nets'; expected pkg.module:name",
         "models 2 ('two'): got the key 'epochs'",
@@ -212,7 +212,7 @@ def test_all_errors_are_found_at_once_and_nothing_is_written(folder):
         "settings 1 ('s'), refine: got epochs=0",
         "settings 1 ('s'), export: got export to 'model.exe'",
         "settings 1 ('s'): got loss = 'hinge'",
-        "settings 1 ('s'): got threads = 0",
+        "settings 1 ('s'), threads: got threads=0",
         "settings 2 ('t'): got objective='beauty'",
         "settings 3 ('u'): got allocation='output' with the solver grebsmo",
         "settings 4 ('v'): got ignore = [1]; expected a list of strings",
@@ -247,10 +247,17 @@ def test_all_errors_are_found_at_once_and_nothing_is_written(folder):
         (SIX + '[[settings]]\nname = "s"\nlatency = {threads = 0}', "threads=0"),
         (SIX + '[[settings]]\nname = "s"\nlatency = {threads = "x"}', "a whole number"),
         (SIX + '[[settings]]\nname = "s"\nheld_out = 0.9', "held_out"),
-        (SIX + '[[settings]]\nname = "s"\noverrides = {a = {keep = "x"}}', "settings that fail"),
+        (SIX + '[[settings]]\nname = "s"\noverrides = {a = {keep = "x"}}', "keep='x'"),
+        (SIX.replace("batch_nets:two", ":two") + "[[budgets]]\nname = 'x'", "2 errors"),
+        (SIX.replace("batch_nets:two", "broken_nets:two"), r"ZeroDivisionError.*broken_nets.py:1"),
+        (SIX.replace("batch_nets:rows", "empty.npz", 1), "empty.npz with 0 arrays"),
+        (SIX.replace("batch_nets:rows", "broken.npz", 1), "broken.npz: .*expected a whole"),
     ],
 )
 def test_single_errors(folder, text, match):
+    (folder / "broken_nets.py").write_text("1 / 0")
+    (folder / "broken.npz").write_bytes(b"PK" + bytes(8))
+    np.savez(folder / "empty.npz")
     with pytest.raises(InputError, match=match):
         batch(text)
 
@@ -553,6 +560,10 @@ def test_exports_and_latencies_are_made_once(place):
     onnx = place.job(job) / "model.onnx"
     onnx.write_bytes((place.out / "latency" / "one.onnx").read_bytes())
     assert work.measure_latency(place, [job], opened.facts, found.measure) != again
+    onnx.unlink()
+    assert work.open_jobs(place, [job]).missing == {job.name: {"export"}}
+    work.export(place, job, opened.facts)
+    assert onnx.exists() and work.open_jobs(place, [job]).missing == {job.name: set()}
 
 
 # -- the loop -------------------------------------------------------------------------------------
@@ -589,6 +600,9 @@ class FakeWorker:
         if isinstance(answer, tuple):
             return answer
         return "done", answer(names) if callable(answer) else answer
+
+    def has_ended(self):
+        return False
 
     def stop(self):
         self.stopped = True
@@ -776,6 +790,43 @@ def test_command(folder):
     assert opened.missing == {"two-half": set()} and opened.accuracy == 0.5
     pytest.importorskip("matplotlib", reason="needs the plot extra")
     assert (folder / "results" / "summary.png").read_bytes()[:4] == b"\x89PNG"
+
+
+FORKING = """
+import multiprocessing, os, pathlib, signal, time
+import batch_nets
+
+def helper():
+    pathlib.Path("helper").write_text(str(os.getpid()))
+    time.sleep(120)
+
+def make():
+    multiprocessing.get_context("fork").Process(target=helper, daemon=True).start()
+    return batch_nets.one()
+
+def rows():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_is_missed_though_a_process_of_it_lives_on(folder):
+    (folder / "forking_nets.py").write_text(FORKING)
+    text = HEAD + MODEL.format("one").replace("batch_nets:", "forking_nets:").replace(
+        "forking_nets:one", "forking_nets:make"
+    )
+    (folder / "jobs.toml").write_text(text + BUDGET.format("half", "flops = 0.5"))
+    command = [sys.executable, "-m", "slr_gpu", "batch", "jobs.toml", "--device", "cpu"]
+    paths = os.pathsep.join([str(folder), *sys.path])
+    try:
+        # What it prints goes to files: the helper would keep pipes open.
+        with open(folder / "said", "w") as said:
+            environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"}
+            done = subprocess.run(command, env=environment, stderr=said, stdout=said, timeout=60)
+    finally:
+        if (folder / "helper").exists():
+            os.kill(int((folder / "helper").read_text()), signal.SIGKILL)
+    assert done.returncode == 1
+    assert "one-half: failed, its worker was killed by signal 9" in (folder / "said").read_text()
 
 
 # Forks a run for every line it reads, so that torch is imported once.

@@ -232,9 +232,9 @@ def test_shards_that_do_not_fit_together(tmp_path):
     whole = (tmp_path / "3.npy").read_bytes()
     (tmp_path / "4.npy").unlink()
     (tmp_path / "3.npy").write_bytes(whole[:-5])
-    refused(tmp_path, "3.npy: .*a whole .npy file")
+    refused(tmp_path, "3.npy: .*a whole .npy or .npz file")
     (tmp_path / "3.npy").write_bytes(b"")
-    refused(tmp_path, "3.npy: .*a whole .npy file")
+    refused(tmp_path, "3.npy: .*a whole .npy or .npz file")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "without .npy files")
 

@@ -232,10 +232,32 @@ def test_analyses_are_cached_by_what_they_depend_on(data, tmp_path, monkeypatch)
     assert len(measured) == 4
 
 
-def test_a_folder_that_is_no_store_is_not_emptied(tmp_path):
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_holds_other_things_is_refused(data, tmp_path, resume):
     (tmp_path / "precious.txt").write_text("mine")
-    Store.open(tmp_path, {"a": 1}, resume=False)
-    assert (tmp_path / "precious.txt").exists()
+    run = {"checkpoint": tmp_path, "resume": resume, "progress": False}
+    with pytest.raises(slr_gpu.InputError, match="'precious.txt' and is no checkpoint"):
+        slr_gpu.compress(small(), data, {"params": 0.7}, **run)
+    Store(tmp_path).clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_run_that_was_killed_at_once_can_begin_again(tmp_path):
+    (tmp_path / ".fingerprint.json.x7f").write_text("{")
+    Store.open(tmp_path, {"a": 1}, resume=True).save_json("piece", 1)
+    assert Store.open(tmp_path, {"a": 1}, resume=True).load_json("piece") == 1
+
+
+def test_stores_of_a_folder_are_cleared_and_nothing_else(tmp_path):
+    Store.clear_named(tmp_path / "none")
+    for number in range(2):
+        Store.named(tmp_path / "all", {"a": number}).save_json("piece", number)
+    (tmp_path / "all" / "mine").mkdir()
+    Store.clear_named(tmp_path / "all")
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["mine"]
+    (tmp_path / "all" / "mine").rmdir()
+    Store.clear_named(tmp_path / "all")
+    assert not (tmp_path / "all").exists()
 
 
 def test_fingerprints_see_structure_and_modes_apart(data):
@@ -246,3 +268,45 @@ def test_fingerprints_see_structure_and_modes_apart(data):
     assert facts(small()) == same
     other[1] = nn.Tanh()
     assert facts(other)["model"] != same["model"]
+
+
+class Reading(nn.Module):
+    """Its forward reads what no state_dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = small()
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+        self.slope, self.sizes, self.shift = 0.1, {"a": (1, 2)}, torch.zeros(3)
+
+    def forward(self, x, more=0.0):
+        return self.slope * self.a(x * self.scale) + self.shift + more
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.scale.fill_(2),
+        lambda model: setattr(model, "slope", 0.2),
+        lambda model: setattr(model, "sizes", {"a": (1, 3)}),
+        lambda model: model.shift.add_(1),
+        lambda model: setattr(model.a, "slope", 0.1),
+    ],
+)
+def test_fingerprints_see_what_forward_reads(data, change):
+    def facts(change):
+        torch.manual_seed(0)
+        model = Reading()
+        change(model)
+        return fingerprint(Prepared(model, data, Settings(), "cpu"))["model"]
+
+    assert facts(lambda model: model.eval()) == facts(lambda model: None) != facts(change)
+
+
+def test_fingerprints_see_arguments_that_are_no_tensors(data):
+    def facts(**more):
+        return fingerprint(Prepared(Reading(), [{"x": data, **more}], Settings(), "cpu"))
+
+    found = [facts(), facts(more=0.0), facts(more=0.5), facts(more=torch.tensor(0.5))]
+    assert len({one["calibration data"] for one in found}) == 4
+    assert facts(more=0.5) == found[2] | {"model": found[2]["model"]}

@@ -6,7 +6,6 @@ marker in the folder of a job is written last, and says what its result was made
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +89,12 @@ def missing_steps(place: Place, job: Job, prepared: Prepared, facts: dict[str, A
         for name in {} if marker is None else marker["exports"]:
             (folder / name).unlink(missing_ok=True)
         (folder / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+        Store(folder / CHECKPOINT).clear()
         marker = None
     if marker is None:
         check_budget(prepared, job.keep, job.settings.allocation)
         return {"fit", "export"} if job.settings.export else {"fit"}
-    return {"export"} if not_exported(job, marker) else set()
+    return {"export"} if not_exported(place, job, marker) else set()
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
@@ -111,11 +110,12 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     return marker
 
 
-def not_exported(job: Job, marker: dict[str, Any]) -> list[str]:
+def not_exported(place: Place, job: Job, marker: dict[str, Any]) -> list[str]:
     """Files that a finished job lacks, or has of other settings."""
 
     def same(name: str) -> bool:
-        return export_settings(job).items() <= marker["exports"].get(name, {}).items()
+        made = export_settings(job).items() <= marker["exports"].get(name, {}).items()
+        return made and (place.job(job) / name).exists()
 
     return [name for name in job.settings.export if not same(name)]
 

@@ -44,14 +44,13 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..analysis import check_allocation, check_latency
 from ..budget import check_keep
-from ..cli_inputs import import_object, make_solver
+from ..cli_inputs import import_function, import_object, make_solver
 from ..errors import InputError, SLRError, complain
 from ..export import check_target
 from ..fit import fit
@@ -60,7 +59,8 @@ from ..layer_seconds import LatencyTarget
 from ..output_loss import LOSSES
 from ..refine import Refinement
 from ..runtime.layer_timing import check_runtime
-from ..sample_files import SampleFiles
+from ..runtime.timing import check_threads
+from ..sample_files import SampleFiles, load_array
 from ..sensitivity import check_solver
 from ..settings import Settings
 from ..solvers import Solver
@@ -213,9 +213,7 @@ def _model(name: str, table: dict, where: str, errors: Errors, folder: Path) -> 
     for key in ("model", "eval"):
         if key in table:
             with errors.at(where):
-                found = import_object(table[key], key)
-                if not callable(found):
-                    errors.add(where, f"{key} = {table[key]!r}", "a function", "Name another.")
+                import_function(table[key], key)
     if "weights" in table:
         table["weights"] = str(folder / table["weights"])
         try:
@@ -229,24 +227,14 @@ def _model(name: str, table: dict, where: str, errors: Errors, folder: Path) -> 
         if data and (folder / data).exists() or data.endswith((".npy", ".npz")):
             table["data"] = str(folder / data)
             with errors.at(where):
-                _check_arrays(folder / data)
+                # That files can be read, and those of a folder fit each other.
+                load_array(folder / data) if data.endswith(".npz") else SampleFiles(
+                    folder / data, 1
+                )
         else:
             with errors.at(where):
                 import_object(data, "data")
     return ModelSource(name, **{"model": "", "data": "", **table})
-
-
-def _check_arrays(path: Path) -> None:
-    """That the files can be read, and those of a folder fit each other."""
-    if path.suffix != ".npz":
-        SampleFiles(path, 1)
-        return
-    try:
-        np.load(path, allow_pickle=False).close()
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise InputError(
-            complain(f"data = {str(path)!r}: {error}", "a whole file", "Check the path.")
-        ) from error
 
 
 def _budget(name: str, table: dict, where: str, errors: Errors) -> dict[str, float] | None:
@@ -301,8 +289,8 @@ def _settings(
         with errors.at(f"{where}, runtime"):
             check_runtime(runtime)
     options["threads"] = table.pop("threads", 1)
-    if options["threads"] < 1:
-        errors.add(where, f"threads = {options['threads']}", "1 or more", "Raise it.")
+    with errors.at(f"{where}, threads"):
+        check_threads(options["threads"])
     options["loss"] = table.pop("loss", "auto")
     if options["loss"] not in ("auto", *LOSSES):
         names = ", ".join(("auto", *LOSSES))

@@ -34,6 +34,8 @@ from .workers import Worker
 _ORDER = ("open", "analyse", "plan", "fit", "export", "measure")
 # Seconds between two pictures of the summary while jobs are at work.
 DRAWN_S = 10.0
+# After which it is seen whether a worker that says nothing has ended.
+LOOK_S = 2.0
 _DOING = {
     "open": "looking",
     "analyse": "analysing",
@@ -215,8 +217,10 @@ class _Run:
         while self.pending or self.running:
             self._begin()
             workers = {w.connection: w for w in (*self.running, *self.starting, *self.idle)}
-            for connection in wait(list(workers)):
-                self._hear(workers[connection], *workers[connection].receive())
+            ready = wait(list(workers), timeout=LOOK_S)
+            for connection, worker in workers.items():
+                if connection in ready or worker.has_ended():
+                    self._hear(worker, *worker.receive())
 
     def _begin(self) -> None:
         """Give idle workers what can be begun now."""

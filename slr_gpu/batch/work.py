@@ -30,7 +30,7 @@ from torch import nn
 from ..analysis import Analysis
 from ..batches import run_model
 from ..carry_out import carry_out
-from ..checkpoint import as_stored, changes, fingerprint
+from ..checkpoint import Store, as_stored, changes, fingerprint
 from ..cli_inputs import calibration_data, import_object, load_model
 from ..compress import make_plan
 from ..errors import InputError, ModelError, SLRError, complain
@@ -147,7 +147,7 @@ def fit(place: Place, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
         if not marker["resumed"]:  # else some of it was used before
             marker["joules"], marker["peak_bytes"] = meter.joules, meter.peak_bytes
         save_json(folder / MARKER, marker)
-    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    Store(folder / CHECKPOINT).clear()
     if job.model.eval != marker["accuracy"]["eval"]:
         value = None
         if job.model.eval is not None:
@@ -168,7 +168,7 @@ def export(place: Place, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
         load_json(folder / "plan.json"),
         prepared.example,
     )
-    for name in not_exported(job, marker):
+    for name in not_exported(place, job, marker):
         exported = result.export(folder / name, runtime=settings.runtime, threads=settings.threads)
         marker["exports"][name] = export_settings(job) | {"error": exported.error}
         result.save_report(folder)

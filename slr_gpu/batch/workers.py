@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..errors import SLRError
+from ..errors import SLRError, described
 from ..ops import get_ops
 from ..progress import reported_to
 from .folders import Place
@@ -62,10 +61,16 @@ class Worker:
     def receive(self) -> tuple[str, Any]:
         """The next message; ("dead", how) where the process has ended."""
         try:
+            if self.has_ended() and not self.connection.poll():
+                raise EOFError
             return self.connection.recv()
         except (EOFError, OSError):
             self._process.join(PATIENCE_S)
             return "dead", _how_it_ended(self._process.exitcode)
+
+    def has_ended(self) -> bool:
+        """Whether the process has; its end of the pipe stays open while one that it forked lives."""
+        return not self._process.is_alive()
 
     def stop(self) -> None:
         """End the process, whatever it does."""
@@ -141,11 +146,7 @@ def _serve(connection: Connection, place: Place) -> None:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, SLRError):
-        return str(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}"
-    return f"{type(error).__name__}: {error} ({place})"
+    return str(error) if isinstance(error, SLRError) else described(error)
 
 
 def _end_with_parent() -> None:

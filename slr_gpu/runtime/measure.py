@@ -25,7 +25,7 @@ from .model_inputs import common_inputs, make_inputs
 from .opening import Key, Runner, Sources, choose_runtimes, open_sessions
 from .result import BenchResult, Latency
 from .sessions import RUNTIMES, Arrays, LayerTime, one_line, torch_threads
-from .timing import Timings, bootstrap, interleave, pinned, usable_cpus
+from .timing import Timings, bootstrap, check_threads, interleave, pinned
 
 
 def bench(
@@ -163,19 +163,12 @@ def bench(
 
 
 def _check_numbers(threads: int, batch: int, time_limit_s: float, precision: float) -> None:
-    for name, value in (("threads", threads), ("batch", batch)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(complain(f"{name}={value!r}", "an integer >= 1", "Raise it."))
+    if not isinstance(batch, int) or batch < 1:
+        raise InputError(complain(f"batch={batch!r}", "an integer >= 1", "Raise it."))
     for name, value in (("time_limit_s", time_limit_s), ("precision", precision)):
         if not math.isfinite(value) or value <= 0:
             raise InputError(complain(f"{name}={value!r}", "a number > 0", "Raise it."))
-    usable = len(usable_cpus())
-    if threads > usable:
-        raise InputError(
-            complain(
-                f"threads={threads}", f"at most the {usable} CPUs this process may use", "Lower it."
-            )
-        )
+    check_threads(threads)
 
 
 def _open_sources(models: Mapping[str, Any]) -> Sources:

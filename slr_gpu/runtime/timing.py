@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import InputError, complain
+
 BLOCK_S = 20e-3
 MIN_ROUNDS = 15
 FEWEST_ROUNDS = 3
@@ -202,6 +204,19 @@ def usable_cpus() -> list[int]:
         return 0 if first else 1, -float(speed or 0), cpu
 
     return sorted(os.sched_getaffinity(0), key=rank)
+
+
+def check_threads(threads: int) -> None:
+    """InputError for a number of threads that this process cannot have."""
+    usable = len(usable_cpus())
+    if not isinstance(threads, int) or not 1 <= threads <= usable:
+        raise InputError(
+            complain(
+                f"threads={threads!r}",
+                f"an integer of at least 1 and at most the {usable} CPUs this process may use",
+                "Change it.",
+            )
+        )
 
 
 @contextlib.contextmanager
