@@ -531,7 +531,7 @@ def test_bad_data(model, data):
         (data[:0], "at least 2"),
         (data[:1], "at least 2"),
         (torch.full_like(data, float("nan")), "NaN or Inf"),
-        ("images", "images: .* a whole .npy file"),
+        ("images", "images: .* a whole .npy"),
         ([{"x": data}], "a batch of dict"),
     ):
         raising(model, bad, slr_gpu.InputError, match)
