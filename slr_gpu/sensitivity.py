@@ -72,7 +72,8 @@ def analyze(
     loss : {"auto", "kl", "mse"}
         How outputs are compared; see `slr_gpu.output_loss`.
     eval_fn : callable, optional
-        ``eval_fn(model) -> float``, higher is better: measured instead of `loss`.
+        ``eval_fn(model) -> float``, higher is better: measured instead of `loss`. It is given a
+        copy in float32, on the device of the fits.
     latency : LatencyTarget, optional
         Also time layers there, so that plans can be made for latency budgets.
     cache : path, optional
