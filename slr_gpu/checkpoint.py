@@ -138,7 +138,8 @@ class Store:
         Raises
         ------
         InputError
-            When the folder belongs to other facts; names what changed, and nothing is deleted.
+            When the folder belongs to other facts, and names what changed, or holds other things;
+            nothing is deleted then.
         """
         store = cls(folder, group)
         group.first(lambda: store._begin(facts, resume))

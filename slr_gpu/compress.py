@@ -109,7 +109,7 @@ def compress(
         After the layers, train all of them together towards the original's outputs; kept if the
         loss on held-out samples falls.
     checkpoint : path, optional
-        Folder for finished pieces. Delete it once the result is saved.
+        Folder for finished pieces, with nothing else in it. Delete it once the result is saved.
     resume : bool
         Go on with what is in `checkpoint`, if it is of the same version, model, data and settings.
         An `eval_fn` must be the same one; that is not checked.

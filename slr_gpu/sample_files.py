@@ -31,7 +31,7 @@ class SampleFiles:
         first one.
     """
 
-    def __init__(self, path: str | Path, batch_size: int) -> None:
+    def __init__(self, path: str | Path, batch_size: int = 1) -> None:
         path = Path(path)
         self.paths = sorted(path.glob("*.npy")) if path.is_dir() else [path]
         self.batch_size = batch_size

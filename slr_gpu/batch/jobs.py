@@ -228,9 +228,8 @@ def _model(name: str, table: dict, where: str, errors: Errors, folder: Path) -> 
             table["data"] = str(folder / data)
             with errors.at(where):
                 # That files can be read, and those of a folder fit each other.
-                load_array(folder / data) if data.endswith(".npz") else SampleFiles(
-                    folder / data, 1
-                )
+                check = load_array if data.endswith(".npz") else SampleFiles
+                check(folder / data)
         else:
             with errors.at(where):
                 import_object(data, "data")
