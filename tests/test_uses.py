@@ -283,6 +283,20 @@ def test_layers_that_the_first_sample_leaves_empty():
     assert rows["d"].compressed and rows["c"].reason != rows["b"].reason
 
 
+def test_masks_and_choices_among_the_outputs_are_compared_too():
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            y = self.b(F.relu(self.a(x)))
+            return {"y": y, "positive": y > 0, "choice": y.argmax(1)}
+
+    batches = Batches.of([(torch.randn(20, 8),)])
+    assert Frontier(Chosen().eval(), batches, ["a", "b"]).traced
+
+
 @pytest.mark.parametrize("kind", ["branch", "autocast"])
 def test_traces_of_another_function_are_not_followed(kind):
     class Told(nn.Module):
