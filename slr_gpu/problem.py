@@ -214,7 +214,10 @@ class ResponseProblem:
         # The mean diagonal of the Gram matrix: some thousand rows tell it.
         some = samples.thinned(-(-self.rows // ESTIMATE_ROWS))
         (inputs,) = some.sum(lambda X, Y, Z: squares(X), wants="X")
-        self._ridge_unit = max(float(inputs) / some.rows / self.width * self.rows, 1e-30)
+        # Inputs that vary by less than their rounding have no scale to tell; zeros have none at all.
+        spread = float(inputs) / some.rows / self.width
+        rounding = float(xp.finfo(dtype).eps) ** 2 * float(xp.square(self.x_mean).mean())
+        self._ridge_unit = (max(spread, rounding) or 1.0) * self.rows
         self.target_energy = max(float(wanted) / self.rows, 1e-30)
         return max(float(energy), 0.0)
 

@@ -105,6 +105,20 @@ def test_linear_layer_and_smooth_activation():
     assert d.parameters - 20 <= 0.4 * 600 and d.held_out_error < 0.05
 
 
+@pytest.mark.parametrize("solver", slr_gpu.solvers.SOLVERS.values(), ids=slr_gpu.solvers.SOLVERS)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu(0.1)", "sigmoid"])
+@pytest.mark.parametrize("value", [0.0, 50.0])
+def test_weights_on_inputs_that_never_vary_stay_what_they_were(solver, activation, value):
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(17, 20, 3)).astype("f4"), rng.normal(size=17).astype("f4")
+    inputs = np.full((400, 60), value, "f4")
+    layer_io = LayerIO(weight, bias, inputs, activation=activation)
+    ways = [{"keep": 0.5}, {"rank": 0}, {"rank": 14}]
+    for asked in ways if solver().takes_structures else ways[:1]:
+        d = slr_gpu.fit(layer_io, solver=solver(), **asked)
+        assert np.abs(d.to_dense()).max() < 2 * np.abs(weight).max()
+
+
 def test_budget_of_another_cost(conv_io):
     limit = 0.25 * conv_io.weight.size
     budget = LayerBudget(24, 16, 9, ((1.0, limit), (4.0, limit)))

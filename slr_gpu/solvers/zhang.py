@@ -153,7 +153,8 @@ class Zhang(Solver):
 
         Their numbers are read several iterations at a time.
         """
-        ops, norm = problem.ops, problem.ops.xp.linalg.norm
+        ops, xp = problem.ops, problem.ops.xp
+        norm = xp.linalg.norm
         self.evaluate(problem, state, penalty)
         for done in range(0, count, ops.ahead):
             queued = [state]
@@ -166,7 +167,7 @@ class Zhang(Solver):
                 for value in (
                     new.objective,
                     new.held_out_error,
-                    norm(new.M - old.M) / norm(new.M),
+                    norm(new.M - old.M) / xp.maximum(norm(new.M), 1e-300),
                 )
             ]
             values = ops.read(values)
