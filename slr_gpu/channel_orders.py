@@ -44,7 +44,7 @@ def fold_orders(model: nn.Module) -> list[str]:
         found = len(orders)
         for start, space in reader.layout.parts() if kept and not reader.layout.flat else ():
             root = space.root
-            if not root.fixed and id(root) not in orders:
+            if not root.fixed and root.read and id(root) not in orders:
                 first = [i for i in range(space.size) if start + i in kept]
                 order = first + sorted(root.read.difference(first))
                 if order != list(range(space.size)):
@@ -110,9 +110,11 @@ def _read_in_order(reader: nn.Module, order: Tensor) -> None:
     if by_index and reader.kept:
         dim = reader.select_A.dim
         kept, others = wanted(reader)
-        reader.select_A = Select([place[channel] for channel in kept], dim)
-        if not reader.rank and len(kept) == len(order):
+        places = [place[channel] for channel in kept]
+        reader.select_A = Select(places, dim)
+        if not reader.rank and len(kept) == len(order):  # all of them, in another's order perhaps
             reader.select_A = nn.Identity()
+            _take_columns(reader.A, torch.tensor(places).argsort())
         if reader.rank and not isinstance(reader.select_V, nn.Identity):
             reader.select_V = Select([place[channel] for channel in others], dim)
             return

@@ -265,6 +265,26 @@ def test_the_parts_of_a_concatenation_have_orders_of_their_own(seed):
     assert len(runs) <= 2 and sum(length for _, length in runs) == 4
 
 
+def test_a_part_of_a_concatenation_that_nobody_reads_stays():
+    rng = np.random.default_rng(0)
+    n, c, kernel = 5, 10, (3, 3)
+    found = random_decomposition(rng, n, c, kernel, "channels", 2, 0)
+    reader = adapter_for(nn.Conv2d(c, n, 3)).build(
+        nn.Conv2d(c, n, 3), found.replace(columns=np.r_[9:18, 27:36])
+    )
+    model = Concatenated(reader, copy.deepcopy(reader)).eval()
+    model.norm = nn.Identity()
+    deployed = assert_same(model, torch.randn(2, 2, 12, 12))
+    assert deployed.first.out_channels == 2 and deployed.second.out_channels == 4
+
+
+def test_a_layer_that_keeps_all_channels_follows_the_order_of_another():
+    rng = np.random.default_rng(0)
+    model = TwoReaders(decomposed(rng, nn.Conv2d(8, 5, 3), "channels", 3, 2))
+    model.other = decomposed(rng, nn.Conv2d(8, 5, 3), "channels", 8, 0)
+    assert not gathers(assert_same(model.eval(), torch.randn(2, 2, 12, 12)))
+
+
 class Flattened(nn.Module):
     def __init__(self, how, rank):
         super().__init__()

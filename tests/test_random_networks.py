@@ -11,6 +11,7 @@ from random_networks import Plan, inputs, network, plans
 from test_architectures import check_counts
 
 import slr_gpu
+from slr_gpu.fold import decomposed_layers, deployable, for_deployment, graphs_of
 
 COUNT, SAMPLES = 24, 150
 
@@ -39,6 +40,20 @@ def compressed(plan: Plan) -> slr_gpu.Result:
     return result
 
 
+def check_deployment(model: torch.nn.Module, data: torch.Tensor) -> None:
+    """Whatever graphs its layers take, it computes the same."""
+    model, data = deployable(model).double(), data.double()
+    layers = decomposed_layers(model)
+    with torch.no_grad():
+        wanted = model(data)
+        for number in range(3):
+            graphs = {name: graphs_of(layer)[number:][:1] for name, layer in layers.items()}
+            chosen = {name: left[0] for name, left in graphs.items() if left}
+            got = for_deployment(model, chosen)(data)
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7 * scale)
+
+
 @settings(
     max_examples=300,
     derandomize=True,
@@ -54,6 +69,7 @@ def test_random_networks(plan):
         got = result.model(data)
         assert got.shape == network(plan)(data).shape and torch.isfinite(got).all()
     check_counts(result.report, result.model, (data[:1],))
+    check_deployment(result.model, data)
     with tempfile.TemporaryDirectory() as folder:
         result.save(folder)
         again = slr_gpu.load(folder, lambda: network(plan))
