@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .analysis import Analysis, check_allocation
@@ -34,6 +35,7 @@ from .shares import uniform
 from .solvers import Solver
 
 
+@torch.inference_mode(False)  # whatever the caller's mode
 def compress(
     model: nn.Module,
     calibration_data: Any,
@@ -207,6 +209,7 @@ def compress(
     return result
 
 
+@torch.inference_mode(False)  # whatever the caller's mode
 def apply(
     model: nn.Module,
     calibration_data: Any,

@@ -45,6 +45,7 @@ SLACK = 1.3
 JUDGES = 500
 
 
+@torch.inference_mode(False)  # whatever the caller's mode
 def analyze(
     model: nn.Module,
     calibration_data: Any,

@@ -51,6 +51,7 @@ def check_model(model: nn.Module) -> None:
         if not tensor.is_floating_point():
             continue
         # Buffers may hold infinities: masks of attention do.
+        tensor = tensor.detach()
         bad = tensor.isnan() if name in buffers else ~tensor.isfinite()
         if bad.any():
             raise InputError(

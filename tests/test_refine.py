@@ -68,6 +68,20 @@ def test_held_out_loss_falls_and_so_does_that_on_new_samples(data, loss):
     assert "refined together" in str(refined.report)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_does_not_matter(data, mode):
+    refine = slr_gpu.Refinement(epochs=12, rate=3e-3, batch_size=20)
+    run = {"allocation": "uniform", "refine": refine, "progress": False}
+    wanted = slr_gpu.compress(network(), data, {"flops": 0.25}, **run)
+    with mode():
+        model, inputs = network(), data.clone()  # of inference tensors
+        got = slr_gpu.compress(model, inputs, {"flops": 0.25}, **run)
+    assert got.report.refinement["kept"]
+    for name, value in got.model.state_dict().items():
+        assert torch.equal(value, wanted.model.state_dict()[name])
+    got.model(data).sum().backward()  # it trains as any other
+
+
 def test_steps_are_in_proportion_to_what_outputs_are_off(data, monkeypatch):
     rates, model = [], network()
     held = data[9::10]
