@@ -40,7 +40,13 @@ class ArrayBlocks:
     """
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
-        self._arrays = {name: array for name, array in arrays.items() if array is not None}
+        self._arrays = {
+            name: array if hasattr(array, "nbytes") else np.asarray(array)
+            for name, array in arrays.items()
+            if array is not None
+        }
+        if not self._arrays:
+            raise InputError(complain("no arrays", "inputs", "Pass them by name."))
         lengths = {name: len(array) for name, array in self._arrays.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(
@@ -128,7 +134,7 @@ class Blocks:
                 )
             )
         self.given = tuple(kind is not None for kind in self._kinds)
-        self.dtype = _float_kind(self._kinds[0])
+        self.dtype = float_kind(self._kinds[0])
         self.means = tuple(None if s is None else s / self.rows for s in sums)
 
     def __iter__(self) -> Iterator[tuple[int, Arrays]]:
@@ -205,7 +211,7 @@ class Blocks:
                     )
                 )
         return tuple(
-            None if a is None else np.ascontiguousarray(a, _float_kind(a.dtype)) for a in arrays
+            None if a is None else np.ascontiguousarray(a, float_kind(a.dtype)) for a in arrays
         )
 
     def _sum(self, number: int, role: str, array: Array) -> Array:
@@ -291,8 +297,9 @@ def checksum(arrays: Iterable[Array | None]) -> int:
     return digest
 
 
-def _float_kind(dtype: np.dtype) -> np.dtype:
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+def float_kind(dtype: np.dtype) -> np.dtype:
+    """float64 for what has its precision, in whatever byte order; float32 for the rest."""
+    return np.dtype(np.float64 if dtype.kind == "f" and dtype.itemsize >= 8 else np.float32)
 
 
 def _parts(raw: Any) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ do not fit in memory come as blocks that can be visited again and again (`slr_gp
 from __future__ import annotations
 
 import json
+import numbers
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import activations
-from .blocks import Blocks
+from .blocks import Blocks, float_kind
 from .errors import InputError, complain
 from .ops import NumpyOps, get_ops, why_not_cuda
 from .parallel import ALONE, Group
@@ -40,12 +42,11 @@ def _ops_for(array: Any) -> NumpyOps:
 def _floating(ops: NumpyOps, name: str, array: Any) -> Array:
     """To an array of float32 or float64 without NaN or Inf, on the device of `ops`."""
     xp, array = ops.xp, ops.asarray(array)
-    if array.dtype not in (np.float32, np.float64):
-        if array.dtype.kind not in "fiub":
-            raise InputError(
-                complain(f"{name} of dtype {array.dtype}", "real numbers", "Convert it to float32.")
-            )
-        array = array.astype(np.float32)
+    if array.dtype.kind not in "fiub":
+        raise InputError(
+            complain(f"{name} of dtype {array.dtype}", "real numbers", "Convert it to float32.")
+        )
+    array = array.astype(float_kind(array.dtype), copy=False)
     # A sum is finite only if no entry is NaN or Inf; the exact test runs only if it is not.
     with np.errstate(over="ignore", invalid="ignore"):
         total = float(array.sum(dtype=np.float64))
@@ -59,6 +60,18 @@ def _floating(ops: NumpyOps, name: str, array: Any) -> Array:
             )
         )
     return array
+
+
+def _checked_kernel(kernel_size: Any) -> tuple[int, ...]:
+    """A kernel size as a tuple of integers."""
+    sizes = tuple(kernel_size) if isinstance(kernel_size, Iterable) else (kernel_size,)
+    if not all(isinstance(k, numbers.Integral) and k >= 1 for k in sizes):
+        raise InputError(
+            complain(
+                f"kernel_size={kernel_size!r}", "integers >= 1", "Pass the layer's own kernel_size."
+            )
+        )
+    return tuple(int(k) for k in sizes)
 
 
 def held_out_samples(count: int, held_out: float, fold: int = 0) -> np.ndarray:
@@ -226,7 +239,7 @@ class LayerIO:
             )
         if kernel_size is None:
             kernel_size = weight.shape[2:]
-        self.kernel_size = tuple(int(k) for k in kernel_size)
+        self.kernel_size = _checked_kernel(kernel_size)
         self.weight = weight.reshape(len(weight), -1)
         self.activation = activations.get(activation)
         n, m = self.weight.shape
@@ -256,16 +269,16 @@ class LayerIO:
     def _name_samples(self, sample_ids: Any, count: int | None, before: int = 0) -> None:
         if sample_ids is None:
             sample_ids = np.arange(before, before + self.rows)
-        self.sample_ids = np.asarray(self.ops.to_numpy(self.ops.asarray(sample_ids)))
-        if self.sample_ids.shape != (self.rows,) or np.any(np.diff(self.sample_ids) < 0):
+        ids = np.asarray(self.ops.to_numpy(self.ops.asarray(sample_ids)))
+        if ids.shape != (self.rows,) or ids.dtype.kind not in "iu" or np.any(ids[1:] < ids[:-1]):
             raise InputError(
                 complain(
-                    f"sample_ids of shape {self.sample_ids.shape}",
-                    f"({self.rows},), ascending",
-                    "Sort the rows by sample.",
+                    f"sample_ids of shape {ids.shape} and dtype {ids.dtype}",
+                    f"integers ({self.rows},), ascending",
+                    "Number the samples, and sort the rows by them.",
                 )
             )
-        self.sample_count, ids = count, self.sample_ids
+        self.sample_count, self.sample_ids = count, ids
         if count is not None and np.any((ids < 0) | (ids >= count)):
             raise InputError(
                 complain(

@@ -331,6 +331,13 @@ def refused(source, *words):
         assert word in str(error.value), str(error.value)
 
 
+def test_arrays_by_name_may_be_lists():
+    weight, bias, X, _ = arrays("f8")
+    plain, listed = (LayerIO.from_blocks(weight, bias, {"inputs": x}) for x in (X, X.tolist()))
+    one, other = (slr_gpu.fit(layer_io, columns=8, rank=2) for layer_io in (plain, listed))
+    np.testing.assert_allclose(one.to_dense(), other.to_dense(), rtol=1e-3, atol=1e-5)
+
+
 def test_sources_that_cannot_be_restarted():
     _, _, X, _ = arrays("f4")
     blocks = cut(100, X)
@@ -338,6 +345,7 @@ def test_sources_that_cannot_be_restarted():
     refused(iter([X]), "iterator")
     refused(map(np.asarray, [X]), "map")
     refused(3, "int")
+    refused({}, "no arrays")
     once = blocks()
     refused(lambda: once, "pass 2", "after 0 block(s)", "a new iterator")
 

@@ -47,6 +47,10 @@ def test_convolution_weight_gives_the_kernel():
         ((W.astype(str), B, X), "dtype"),
         ((W + 1j, B, X), "dtype"),
         ((W, B, X, None, "swishy"), "swishy"),
+        ((W, B, X, None, "relu", "4"), "kernel_size"),
+        ((W, B, X, None, "relu", (2.5,)), "kernel_size"),
+        ((W, B, X, None, "relu", (-2, -2)), "kernel_size"),
+        ((W, B, X, None, "relu", 0), "kernel_size"),
     ],
 )
 def test_bad_arrays_say_what_was_expected(arguments, word):
@@ -141,7 +145,16 @@ def test_how_samples_count_is_saved(tmp_path, count):
     assert LayerIO.load(tmp_path / "layer.safetensors").sample_count == count
 
 
-@pytest.mark.parametrize("ids", [np.arange(19), np.arange(20)[::-1]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.arange(19),
+        np.arange(20)[::-1],
+        np.arange(20, dtype="u8")[::-1],  # differences of unsigned integers are never below zero
+        np.arange(20) / 2,
+        np.full(20, np.nan),
+    ],
+)
 def test_bad_sample_ids(ids):
     with pytest.raises(InputError, match="sample_ids"):
         LayerIO(W, B, X, sample_ids=ids)
@@ -151,6 +164,21 @@ def test_bad_sample_ids(ids):
 def test_sample_ids_beyond_their_count(first):
     with pytest.raises(InputError, match="sample_count=20"):
         LayerIO(W, B, X, sample_ids=np.arange(first, first + 20), sample_count=20)
+
+
+def test_a_kernel_size_of_one_number():
+    assert LayerIO(W, B, X, kernel_size=4).kernel_size == (4,)
+    assert LayerIO(W, B, X, kernel_size=np.array([2, 2])).kernel_size == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", [">f8", np.longdouble])
+def test_precision_of_uncommon_floats_is_kept(dtype):
+    read = LayerIO(W.astype(dtype), B.astype(dtype), X.astype(dtype))
+    for name, array in (("weight", W), ("bias", B), ("inputs", X)):
+        assert getattr(read, name).dtype == np.float64
+        np.testing.assert_array_equal(getattr(read, name), array)
+    (_, (block, *_)), *_ = LayerIO.from_blocks(W, B, [X.astype(dtype)]).blocks
+    np.testing.assert_array_equal(block, X)
 
 
 def test_save_and_load_are_bit_for_bit(tmp_path):
