@@ -56,7 +56,8 @@ class Activation:
     curvature : float
         Curvature of the majoriser, see the module's text.
     exact : bool
-        Whether `curvature` is a proven bound, so that descent needs no safeguard.
+        Whether `curvature` is a proven bound where targets are in the `range`, so that descent
+        needs no safeguard.
     pieces : tuple of Piece
         Of a continuous piecewise linear activation, covering the real line; else empty.
     """
@@ -75,6 +76,16 @@ class Activation:
     @property
     def is_identity(self) -> bool:
         return self.name == "identity"
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Least and largest value of a piecewise linear activation; else all numbers."""
+        ends = [
+            piece.slope * end + piece.offset if piece.slope else piece.offset
+            for piece in self.pieces
+            for end in (piece.low, piece.high)
+        ]
+        return min(ends, default=-math.inf), max(ends, default=math.inf)
 
     @property
     def has_convex_surrogate(self) -> bool:

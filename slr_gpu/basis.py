@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from .decomposition import Structure
-from .problem import ResponseProblem, ordered_metric
+from .problem import TINY, ResponseProblem, ordered_metric
 from .samples import to_basis
 
 Array = Any
@@ -65,7 +65,7 @@ def linear_fit(
     """Relative linear error and weight (n, m) of a structure's closed form."""
     metric, kept = ordered_metric(problem, structure, support)
     F, M, _ = metric.project(metric.target(problem), kept, structure.k, vectors=False)
-    return metric.missed(problem, F) / max(problem.linear_energy, 1e-30), M
+    return metric.missed(problem, F) / max(problem.linear_energy, TINY), M
 
 
 def refined(
@@ -155,7 +155,7 @@ class _Slope:
         r = len(point.basis)
         self.M = M = point.M.reshape(problem.n, r, -1)
         factors = self.xp.einsum("nrt,nst->rs", M, M, optimize=True)
-        weak = 1e-6 * self.xp.trace(factors) / r + 1e-30
+        weak = 1e-6 * self.xp.trace(factors) / r + TINY
         self.factors = factors + weak * self.xp.eye(r)
         full = self._expand(point.basis)
         lacking = problem.metric.lacking(problem, full, point.view, point.M, point.across)

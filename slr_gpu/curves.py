@@ -19,8 +19,8 @@ from typing import Any
 from .basis import linear_fit, refined, rotated
 from .decomposition import Structure
 from .errors import BudgetError, complain
-from .layer_budget import LayerBudget, largest_basis
-from .problem import ResponseProblem
+from .layer_budget import LayerBudget, largest_basis, named_keep, round_down
+from .problem import TINY, ResponseProblem
 from .streamed import ESTIMATE_ROWS
 from .support import SupportSearch, group_size
 
@@ -31,6 +31,8 @@ Array = Any
 SCREEN = 1.2
 # Below this relative error a layer is as good as exact, and no other form is searched.
 NEGLIGIBLE = 1e-4
+# What sums leave of an error that is none, for the linear objective; of either sign.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ class RotatedCurve:
         tail = float(self.spectrum(r, s)[k:].sum()) if r > s else 0.0
         energy = self.problem.linear_energy
         explained = self.explained.energy(r * self.problem.taps)
-        return (energy - explained + tail) / max(energy, 1e-30)
+        return (energy - explained + tail) / max(energy, TINY)
 
     def best(
         self,
@@ -180,7 +182,7 @@ def candidates(
             complain(
                 f"a budget of {budget.weights:.0f} weights for a layer"
                 f" ({budget.n}, {budget.channels}, {budget.taps} taps)",
-                f"keep of at least {budget.smallest(form):.3g} (form={form!r})",
+                f"keep of at least {named_keep(budget.smallest(form))} (form={form!r})",
                 "Raise keep, or leave the layer out.",
             )
         )
@@ -223,7 +225,7 @@ def held_out_error(candidate: Candidate) -> float:
 def _split(search: SupportSearch, budget: LayerBudget, form: str, share: float) -> Structure | None:
     """The structure that spends this share of the budget on A; None when nothing fits."""
     s = min(int(share * budget.weights / (budget.n * search.size)), search.groups)
-    s -= s % budget.unit(form)
+    s = round_down(s, budget.unit(form))
     k = budget.largest_rank(form, s)
     return None if k < 0 or (k == 0 and s == 0) else Structure(form, s, k)
 
@@ -246,7 +248,8 @@ def _rotated(
     chosen += [pair for pair in ranked if pair[1].s == 0][:1]
     chosen += [pair for pair in ranked if pair[1].k == 0][:1]
     unique = dict((pair[1], pair) for pair in chosen).values()
-    close = [pair for pair in unique if pair[0] <= 1.1 * ranked[0][0]]
+    near = 1.1 * max(ranked[0][0], 0.0) + ROUNDING
+    close = [pair for pair in unique if pair[0] <= near]
     return [refined_candidate(curve.problem, structure) for _, structure in close]
 
 
@@ -303,7 +306,7 @@ def _supported(
         # What has no A cannot be improved by another support.
         starts = search.starts(s, k, 4) if s else [search.evaluate(shrunk[s], k)]
         support = search.improved(starts, k, rounds)
-        error = support.error / max(problem.linear_energy, 1e-30)
+        error = support.error / max(problem.linear_energy, TINY)
         found.append(Candidate(structures[s], error, problem, support.columns))
     return found
 

@@ -132,8 +132,9 @@ class Decomposition:
     activation : str
         The activation that the fit looked through.
     error, held_out_error : float
-        ``||Y - r(Z)||^2 / ||Y||^2`` after the activation, on the fitted and on the held-out rows
-        (NaN without held-out rows).
+        ``||Y - r(Z)||^2 / ||Y||^2`` on the fitted and on the held-out rows (NaN without those). The
+        latter is always after the activation, the former where the objective is: before it for
+        ``objective="linear"``.
     status : Status
     history : list of dict
         One entry an iteration: objective, residuals, rank, groups, seconds.

@@ -20,7 +20,7 @@ from .errors import InputError, complain
 from .layer_budget import LayerBudget, check_form
 from .layer_io import LayerIO
 from .ops import get_ops
-from .problem import ResponseProblem
+from .problem import TINY, ResponseProblem
 from .ridge import NEAR, STRENGTHS, USUAL, best_ridge, has_few_rows, strength
 from .solvers import ADMM, Majorize, Solver, WeightSVD
 from .support import select_support
@@ -126,6 +126,10 @@ def fit(
     check_objective(objective)
     if solver is None:
         solver = ADMM() if request == "penalties" else Majorize()
+    check_solver(solver)
+    if request == "sizes":  # NumPy's integers too; what is made of them is written as JSON
+        sizes = (columns, channels, basis_rows, rank)
+        columns, channels, basis_rows, rank = (None if s is None else int(s) for s in sizes)
     activation = activations.get("identity") if objective == "linear" else None
     problem = ResponseProblem(
         layer_io,
@@ -174,6 +178,14 @@ def check_objective(objective: str) -> None:
         )
 
 
+def check_solver(solver: Any) -> None:
+    """InputError for what is no instance of a solver."""
+    if not isinstance(solver, Solver):
+        raise InputError(
+            complain(f"solver={solver!r}", "an instance of a solver", "For example Majorize().")
+        )
+
+
 def _layer_facts(layer_io: LayerIO) -> dict[str, Any]:
     """What ranks must have in common of a layer."""
     digest = hashlib.sha256()
@@ -207,7 +219,13 @@ def _fit_penalties(
             )
         )
     solver = solver.with_penalties(lambda1, lambda2, relative=relative)
-    return solver.solve(problem, form="channels" if form == "channels" else "columns")
+    if form not in ("auto", "columns", "channels"):
+        raise InputError(
+            complain(
+                f"form={form!r} with penalties", "'columns' or 'channels'", "Or ask with keep=."
+            )
+        )
+    return solver.solve(problem, form=None if form == "auto" else form)
 
 
 def _check_request(
@@ -219,7 +237,8 @@ def _check_request(
     check_form(form, taps > 1, kernel_size=layer_io.kernel_size)
     sizes = {"columns": columns, "channels": channels, "basis_rows": basis_rows, "rank": rank}
     ways = {
-        "budget": keep is not None or budget is not None,
+        "keep": keep is not None,
+        "budget": budget is not None,
         "sizes": any(size is not None for size in sizes.values()),
         "penalties": lambda1 is not None or lambda2 is not None,
     }
@@ -228,8 +247,17 @@ def _check_request(
         raise InputError(
             complain(
                 " and ".join(used) or "no budget",
-                "exactly one of keep=, columns=/channels=/rank=, lambda1=/lambda2=",
+                "exactly one of keep=, budget=, columns=/channels=/rank=, lambda1=/lambda2=",
                 "For example fit(layer_io, keep=0.25).",
+            )
+        )
+    if budget is not None and (budget.n, budget.channels, budget.taps) != (n, c, taps):
+        raise InputError(
+            complain(
+                f"a budget of a layer of {budget.n} outputs, {budget.channels} channels and"
+                f" {budget.taps} taps",
+                f"one of {n} outputs, {c} channels and {taps} taps",
+                "Make it of this layer's sizes.",
             )
         )
     if keep is not None and not (isinstance(keep, numbers.Real) and 0 < keep <= 1):
@@ -268,7 +296,7 @@ def _check_request(
                     "A basis rotates input channels; leave columns out.",
                 )
             )
-    return used[0]
+    return "budget" if keep is not None else used[0]
 
 
 def _sized(
@@ -297,4 +325,4 @@ def _sized(
         return refined_candidate(rotated(problem, 2 * basis_rows), structure)
     structure = Structure(form, (channels if channels is not None else columns) or 0, rank)
     support, error = select_support(problem, structure)
-    return Candidate(structure, error / max(problem.linear_energy, 1e-30), problem, support)
+    return Candidate(structure, error / max(problem.linear_energy, TINY), problem, support)

@@ -6,6 +6,7 @@ do, and the smallest fraction that any structure reaches.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,19 @@ class Limit(NamedTuple):
     weights: float
     full_kernel: bool = False
     spatial_weight: float = 1.0  # `basis_weight` of a basis that takes the first kernel axis in
+
+
+def round_down(size: int, unit: int) -> int:
+    """To a multiple of the unit, or of half of it and so on where that is too large."""
+    while unit > max(size, 1):
+        unit //= 2
+    return size - size % unit
+
+
+def named_keep(fraction: float) -> str:
+    """A smallest keep for people: three digits, and not below it."""
+    unit = 10.0 ** (math.floor(math.log10(fraction)) - 2)
+    return f"{math.ceil(fraction / unit - 1e-9) * unit:.3g}"
 
 
 @dataclass(frozen=True)

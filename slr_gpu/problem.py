@@ -54,6 +54,10 @@ PRECISE_RESPONSES = 1e9
 WIDEST = 11_000
 # The most rows that a problem by rows is fitted on: its solves grow with their square.
 MOST_ROWS = 2048
+# The unit of what has none: energies that are zero.
+TINY = 1e-300
+# Rounding of targets at the ends of the activation's range, relative to them.
+ROUNDING = 1e-6
 # Cached attributes that belong to one choice of coordinates and rows.
 _COORDINATES = (
     "scatter",
@@ -113,6 +117,8 @@ class ResponseProblem:
     basis : array, (r, c), or None
     by_rows : bool
         Whether the metric is that of the rows, and W in the dtype of the data.
+    proven : bool
+        Whether the activation's curvature bounds the loss: targets are then in its range.
     notes : tuple of str
         For the report.
     """
@@ -193,17 +199,20 @@ class ResponseProblem:
             self.x_mean, self.z_mean = (total / self.rows for total in sums)
             samples.centre(self.x_mean)
             z_mean = self.z_mean.astype(dtype)
-            energy, wanted = samples.sum(
-                lambda X, Y, Z: squares(Z - z_mean, Y), block=GRAM_BLOCK, wants="YZ"
+            energy, wanted, outside = samples.sum(
+                lambda X, Y, Z: (*squares(Z - z_mean, Y), self._outside(Y)),
+                block=GRAM_BLOCK,
+                wants="YZ",
             )
         else:
             x_rough, z_rough = (mean.astype(dtype) for mean in rough)
 
             def everything(X, Y, Z):
                 product = (self._channel_product(X - x_rough),) if self.taps > 1 else ()
-                return *squares(Z - z_rough, Y), *means(X, Y, Z), *product
+                return *squares(Z - z_rough, Y), self._outside(Y), *means(X, Y, Z), *product
 
-            energy, wanted, x_sum, z_sum, *product = samples.sum(everything, block=GRAM_BLOCK)
+            sums = samples.sum(everything, block=GRAM_BLOCK)
+            energy, wanted, outside, x_sum, z_sum, *product = sums
             self.x_mean, self.z_mean = x_sum / self.rows, z_sum / self.rows
             samples.centre(self.x_mean)
             x_left, z_left = self.x_mean - x_rough, self.z_mean - z_rough
@@ -218,8 +227,25 @@ class ResponseProblem:
         spread = float(inputs) / some.rows / self.width
         rounding = float(xp.finfo(dtype).eps) ** 2 * float(xp.square(self.x_mean).mean())
         self._ridge_unit = (max(spread, rounding) or 1.0) * self.rows
-        self.target_energy = max(float(wanted) / self.rows, 1e-30)
+        self.target_energy = max(float(wanted) / self.rows, TINY)
+        self.proven = self.activation.exact and not float(outside)
+        if not all(map(math.isfinite, (float(energy), self.target_energy, self._ridge_unit))):
+            raise InputError(
+                complain(
+                    f"inputs or responses whose squares overflow {dtype}",
+                    "numbers of a usual size",
+                    "Scale them.",
+                )
+            )
         return max(float(energy), 0.0)
+
+    def _outside(self, Y: Array) -> Array:
+        """How many targets no response can reach."""
+        low, high = (
+            end + side * ROUNDING * abs(end) if math.isfinite(end) else end
+            for side, end in zip((-1, 1), self.activation.range, strict=True)
+        )
+        return ((Y < low) | (Y > high)).sum(dtype="float64")
 
     def _weight_energy(self) -> float:
         """``||W||^2``."""
@@ -491,7 +517,7 @@ class ResponseProblem:
     @cached_property
     def target_energy(self) -> float:
         """``||Y||^2 / P``, the unit of relative errors."""
-        return max(self._energy(self.samples) / self.rows, 1e-30)
+        return max(self._energy(self.samples) / self.rows, TINY)
 
     def _energy(self, samples: Samples) -> float:
         """``||Y||^2`` of some rows."""
@@ -523,7 +549,7 @@ class ResponseProblem:
     @cached_property
     def held_energy(self) -> float:
         """``||Y||^2`` of the held-out rows."""
-        return max(self._energy(self.held), 1e-30)
+        return max(self._energy(self.held), TINY)
 
     # -- coordinates -----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import InputError, complain
-from .fit import check_objective
+from .fit import check_objective, check_solver
 from .layer_budget import BLOCK, check_form
 from .problem import check_shares
 from .solvers import SOLVERS, Majorize, Solver
@@ -43,12 +43,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver):
-            raise InputError(
-                complain(
-                    f"solver={self.solver!r}", "an instance of a solver", "For example Majorize()."
-                )
-            )
+        check_solver(self.solver)
         check_form(self.form, spatial=True, known=self.solver.forms)
         for name in ("samples", "batch_size", "multiple"):
             value = getattr(self, name)

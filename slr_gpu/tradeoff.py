@@ -21,8 +21,8 @@ import numpy
 
 from .basis import rotated
 from .decomposition import Structure
-from .layer_budget import LayerBudget
-from .problem import ResponseProblem, metric_of
+from .layer_budget import LayerBudget, round_down
+from .problem import TINY, ResponseProblem, metric_of
 from .support import SupportSearch, group_size
 
 Array = Any
@@ -95,22 +95,15 @@ class TradeOff:
         sizes = {1, *(round(most * ((i + 1) / grid) ** 2) for i in range(grid))} - {0}
         if most <= grid:
             sizes = set(range(1, most + 1))
-        return [0, *sorted({self._round(size) for size in sizes})]
-
-    def _round(self, size: int) -> int:
-        """Down to a multiple of the unit, or of half of it and so on where that is too large."""
-        unit = self._unit
-        while unit > size:
-            unit //= 2
-        return size - size % unit
+        return [0, *sorted({round_down(size, self._unit) for size in sizes})]
 
     def _ranks(self, most: int) -> list[int]:
         """1, ..., `most`, geometric."""
         ranks, k = [], 1.0
         while k < most:
-            ranks.append(self._round(round(k)))
+            ranks.append(round_down(round(k), self._unit))
             k = max(k + 1, k * RANK_RATIO)
-        return sorted({*ranks, self._round(most)})
+        return sorted({*ranks, round_down(most, self._unit)})
 
     def points(self, affordable: Any = lambda structure: True) -> list[Point]:
         """Held-out errors over the grid.
@@ -227,5 +220,5 @@ class TradeOff:
             losses.append(xp.sum(miss * miss, dtype="float64"))
         (losses,) = rows.group.sum((xp.stack(losses),), xp)
         energy, *losses = ops.to_numpy(losses)
-        errors = numpy.array(losses) / max(energy, 1e-30)
+        errors = numpy.array(losses) / max(energy, TINY)
         return [Point(s, float(e)) for s, e in zip(structures, errors, strict=True)]

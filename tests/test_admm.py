@@ -349,7 +349,9 @@ def test_power_iteration_bounds_the_largest_eigenvalue():
     [{"m_step": "newton"}, {"scheme": "jacobi"}, {"group": "row"}, {"lambda1": -1.0},
      {"lambda1": 2.0}, {"lambda2": float("nan")}, {"t": 0.0}, {"growth": (1.1, 1.0)},
      {"relaxation": 2.0}, {"relaxation": 1.5, "scheme": "proximal"}, {"inner": 0},
-     {"inner": 2, "scheme": "proximal"}, {"iterations": 0}, {"tolerance": -1.0}],
+     {"inner": 2, "scheme": "proximal"}, {"iterations": 0}, {"tolerance": -1.0},
+     {"iterations": 2.5}, {"inner": 1.5}, {"tolerance": float("nan")}, {"tolerance": "small"},
+     {"lambda1": float("inf"), "relative": False}],
     ids=str,
 )  # fmt: skip
 def test_bad_settings(bad):

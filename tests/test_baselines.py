@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import slr_gpu
-from slr_gpu import ChannelPruning, LayerIO, Magnitude, WeightSVD, WhitenedSVD
+from slr_gpu import ChannelPruning, LayerBudget, LayerIO, Magnitude, WeightSVD, WhitenedSVD
 from slr_gpu.decomposition import Structure
 from slr_gpu.ops import NumpyOps
 from slr_gpu.problem import ResponseProblem
@@ -201,6 +201,16 @@ def test_data_helps():
     assert held[str(WhitenedSVD())] < held[str(WeightSVD())]
     assert held[str(Magnitude(reconstruct=True))] < held[str(Magnitude())]
     assert held[str(ChannelPruning())] < held[str(Magnitude())]
+
+
+@pytest.mark.parametrize("solver", [ChannelPruning(), Magnitude()], ids=str)
+def test_budgets_of_less_than_a_multiple_of_groups(solver):
+    """Sizes are rounded down to a multiple; below the first, to a half of it and so on."""
+    io = layer(n=64, c=10, taps=9)
+    budget = LayerBudget(64, 10, 9, ((1.0, 0.5 * io.weight.size),), multiple=16)
+    assert budget.unit("columns") == 8
+    d = slr_gpu.fit(io, budget=budget, solver=solver)
+    assert len(d.columns) == {"channels": 4 * 9, "columns": 40}[d.form]
 
 
 def test_what_they_refuse():

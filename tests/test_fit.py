@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -127,6 +129,75 @@ def test_budget_of_another_cost(conv_io):
         assert d.structure.cost(24, 16, 9, weight) <= limit
 
 
+def test_the_least_keep_that_is_named_is_reached():
+    rng = np.random.default_rng(1)
+    for n, c, taps in ((7, 3, 9), (31, 17, 1), (20, 6, 4)):
+        inputs = rng.normal(size=(200, c * taps))
+        layer_io = LayerIO(rng.normal(size=(n, c, taps)), None, inputs)
+        solvers = [solver() for solver in slr_gpu.solvers.SOLVERS.values()]
+        for solver in (*solvers, slr_gpu.Grebsmo(indices=False)):
+            with pytest.raises(slr_gpu.BudgetError, match="at least") as error:
+                slr_gpu.fit(layer_io, keep=1e-4, solver=solver)
+            named = float(re.search(r"at least ([0-9.]+\d)", str(error.value))[1])
+            d = slr_gpu.fit(layer_io, keep=named, solver=solver)
+            assert 0 < d.parameters - n <= named * n * c * taps
+            with pytest.raises(slr_gpu.BudgetError):
+                slr_gpu.fit(layer_io, keep=0.99 * named, solver=solver)
+
+
+def test_penalties_group_columns_or_channels(conv_io):
+    strong = {"lambda1": 0.2, "lambda2": 0.9}
+    by_channel = slr_gpu.ADMM(group="channel")
+    for form, solver, expected in (
+        ("auto", None, "columns"),
+        ("channels", None, "channels"),
+        ("auto", by_channel, "channels"),
+        ("columns", by_channel, "columns"),
+    ):
+        assert slr_gpu.fit(conv_io, form=form, solver=solver, **strong).form == expected
+
+
+def test_sizes_of_numpys_integers_are_saved(conv_io, tmp_path):
+    d = slr_gpu.fit(conv_io, columns=np.int64(20), rank=np.int32(3))
+    d.save(tmp_path / "layer.safetensors")
+    assert slr_gpu.Decomposition.load(tmp_path / "layer.safetensors").structure == d.structure
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-12, 1e12])
+def test_scale_of_the_data_does_not_matter(conv_io, scale):
+    """Energies of 1e-30 and less were taken for none, and errors of 100 % for exact."""
+    inputs = conv_io.inputs.astype("f8")
+    for solver in (slr_gpu.Majorize(), slr_gpu.WhitenedSVD()):
+        plain, scaled = (
+            slr_gpu.fit(
+                LayerIO(conv_io.weight, unit * conv_io.bias.astype("f8"), unit * inputs),
+                keep=0.2, solver=solver,
+            )
+            for unit in (1.0, scale)
+        )  # fmt: skip
+        assert scaled.structure == plain.structure
+        assert scaled.held_out_error == pytest.approx(plain.held_out_error, rel=1e-3)
+
+
+def test_a_layer_that_is_exactly_of_low_rank_is_fitted():
+    """Its errors are rounding, of either sign: what is below zero is near itself too."""
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        n, c, latent, rank = rng.integers((10, 3, 1, 1), (25, 12, 8, 3))
+        inputs = rng.normal(size=(60, 4, latent)) @ rng.normal(size=(latent, c))
+        weight = rng.normal(size=(n, rank)) @ rng.normal(size=(rank, c * 4))
+        layer_io = LayerIO(weight.reshape(n, c, 4), None, inputs.swapaxes(1, 2).reshape(60, -1))
+        d = slr_gpu.fit(layer_io, keep=0.9, form="rotated", ridge=1e-10)
+        assert d.error < 1e-9
+
+
+def test_squares_that_overflow_are_named():
+    rng = np.random.default_rng(2)
+    layer_io = LayerIO(rng.normal(size=(4, 6)), None, 1e160 * rng.normal(size=(100, 6)))
+    with np.errstate(over="ignore"), pytest.raises(slr_gpu.InputError, match="overflow float64"):
+        slr_gpu.fit(layer_io, rank=2)
+
+
 def test_same_call_same_bits(conv_io):
     a, b = slr_gpu.fit(conv_io, keep=0.2), slr_gpu.fit(conv_io, keep=0.2)
     assert np.array_equal(a.to_dense(), b.to_dense())
@@ -150,6 +221,11 @@ def test_same_call_same_bits(conv_io):
         ({"keep": 0.3, "held_out": 0.9}, "fraction in"),
         ({"keep": 0.3, "device": "tpu"}, "cuda"),
         ({"basis_rows": 4, "columns": 3}, "basis"),
+        ({"keep": 0.3, "budget": LayerBudget(24, 16, 9, ((1.0, 900.0),))}, "keep and budget"),
+        ({"budget": LayerBudget(24, 9, 16, ((1.0, 900.0),))}, "24 outputs, 16 channels and 9 taps"),
+        ({"keep": 0.3, "solver": slr_gpu.Majorize}, "an instance of a solver"),
+        ({"lambda1": 0.1, "lambda2": 0.1, "form": "rotated"}, "'columns' or 'channels'"),
+        ({"lambda1": np.inf, "lambda2": 0.1, "relative": False}, "finite"),
     ],
 )
 def test_bad_requests(conv_io, settings, match):

@@ -242,6 +242,17 @@ def test_requests_that_cannot_be_met():
             Grebsmo().solve(problem_of(io), structure)
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [{"rank": -1}, {"rank": 1.5}, {"smoothing": -1}, {"iterations": 2.5}, {"rank_steps": 0},
+     {"inner": 0}, {"rounds": -1}, {"patience": 0}, {"seed": -1}, {"tolerance": float("nan")}],
+    ids=str,
+)  # fmt: skip
+def test_bad_settings(bad):
+    with pytest.raises(slr_gpu.InputError, match=f"got {next(iter(bad))}=.*; expected"):
+        Grebsmo(**bad)
+
+
 @pytest.mark.parametrize("module", [bilateral, grebsmo])
 def test_it_is_free_of_singular_value_decompositions(module):
     names = {

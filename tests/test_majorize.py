@@ -296,6 +296,38 @@ def test_factors_that_do_not_fit_are_input_errors():
             Decomposition("columns", **(good | change), channels=5)
 
 
+@pytest.mark.parametrize("bad", [{"iterations": -1}, {"iterations": 1.5}, {"patience": 0},
+                                 {"tolerance": -1e-3}], ids=str)  # fmt: skip
+def test_bad_settings(bad):
+    with pytest.raises(InputError, match=f"got {next(iter(bad))}=.*; expected"):
+        Majorize(**bad)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "clamp(-0.5,1)", "leaky_relu(0.2)"])
+def test_descent_with_targets_that_no_response_reaches(activation):
+    """The mask leaves residuals out that such targets would bring back: c = 1 is no bound there."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        targets = 3 * rng.normal(size=(60, 5)) - 1
+        X = np.maximum(rng.normal(size=(60, 8)), 0)
+        problem = make(rng.normal(size=(5, 8)), X, activation, targets=targets, seed=seed)
+        structure = Structure("columns", 2, 2)
+        values, _ = descent(problem, structure, np.arange(2), False, steps=12)
+        assert np.all(np.diff(values) <= 1e-12 * values[0]), (seed, values)
+
+
+def test_targets_within_the_range_need_no_safeguard():
+    rng = np.random.default_rng(0)
+    W, X = rng.normal(size=(5, 8)), rng.normal(size=(60, 8))
+    assert make(W, X).proven and make(W, X, targets=np.abs(rng.normal(size=(60, 5)))).proven
+    assert not make(W, X, targets=rng.normal(size=(60, 5))).proven
+    assert not make(W, X, "gelu").proven
+    assert make(W, X, "identity", targets=rng.normal(size=(60, 5))).proven
+    for name, ends in (("relu", (0, np.inf)), ("relu6", (0, 6)), ("clamp(-0.5,1)", (-0.5, 1)),
+                       ("identity", (-np.inf, np.inf)), ("clamp(-2,1)", (-2, 1))):  # fmt: skip
+        assert activations.get(name).range == ends
+
+
 def test_held_out_rows_choose_the_iterate():
     problem = random_problem(8, 30, 60, "relu", 12, held_out=0.3)
     result = Majorize(iterations=30, tolerance=0.0, patience=3).solve(

@@ -238,6 +238,10 @@ def test_refusals():
         Zhang(penalties=(1.0,))
     with pytest.raises(slr_gpu.InputError, match="> 0"):
         Zhang(penalties=(0.0, 1.0))
+    for bad in ({"penalties": (0.01, np.inf)}, {"iterations": (25, -1)}, {"iterations": (2.5, 25)},
+                {"tolerance": -1.0}):  # fmt: skip
+        with pytest.raises(slr_gpu.InputError, match="got .*; expected"):
+            Zhang(**bad)
 
 
 def test_pieces_are_the_activation():

@@ -81,11 +81,20 @@ class NumpyOps:
 
         Raises
         ------
-        numpy.linalg.LinAlgError
-            Where A is not positive definite.
+        InputError
+            Where A is not positive definite: as a rule a Gram matrix whose ridge rounding outweighs.
         """
         L = A.copy()
-        _factorise(self.xp, L)
+        try:
+            _factorise(self.xp, L)
+        except numpy.linalg.LinAlgError as error:
+            raise InputError(
+                complain(
+                    f"{error} ({len(A)} rows)",
+                    "a ridge that rounding does not outweigh",
+                    "Raise ridge.",
+                )
+            ) from error
         return L
 
     def solve_triangular(self, L: Array, rhs: Array, *, transposed: bool = False) -> Array:

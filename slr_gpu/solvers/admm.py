@@ -25,6 +25,7 @@ minimises, and the only case to which convergence theory applies.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -35,7 +36,7 @@ from ..decomposition import Decomposition, Status, Structure
 from ..errors import InputError, complain
 from ..penalties import ColumnSparse, LowRank
 from ..problem import ResponseProblem
-from .base import Solver
+from .base import Solver, check_counts, check_tolerance
 from .refit import decompose
 from .splitting import (
     READ,
@@ -141,20 +142,29 @@ class ADMM(Solver):
             if getattr(self, name) not in known:
                 got = f"{name}={getattr(self, name)!r}"
                 raise InputError(complain(got, f"one of {known}", f"Use {known[0]!r}."))
-        top = 1.0 if self.relative else math.inf
+        check_counts(self, iterations=1, **({} if self.inner is None else {"inner": 1}))
+        check_tolerance(self)
+        top = 1.0 if self.relative else sys.float_info.max
         proximal = self.scheme == "proximal"
         low, high = self.growth
         for name, value, good, expected in (
-            ("lambda1", self.lambda1, 0 <= self.lambda1 <= top, "a weight >= 0, <= 1 if relative"),
-            ("lambda2", self.lambda2, 0 <= self.lambda2 <= top, "a weight >= 0, <= 1 if relative"),
+            (
+                "lambda1",
+                self.lambda1,
+                0 <= self.lambda1 <= top,
+                "a finite weight >= 0, <= 1 if relative",
+            ),
+            (
+                "lambda2",
+                self.lambda2,
+                0 <= self.lambda2 <= top,
+                "a finite weight >= 0, <= 1 if relative",
+            ),
             ("t", self.t, self.t is None or 0 < self.t < math.inf, "a positive number or None"),
             ("growth", self.growth, 1 <= low <= high < 2, "1 <= low <= high < 2"),
             ("relaxation", self.relaxation, 1 <= self.relaxation < 2, "a factor in [1, 2)"),
             ("relaxation", self.relaxation, self.relaxation == 1 or not proximal, "1 if proximal"),
-            ("inner", self.inner, self.inner is None or self.inner >= 1, "at least 1, or None"),
             ("inner", self.inner, self.inner in (None, 1) or not proximal, "1 if proximal"),
-            ("iterations", self.iterations, self.iterations >= 1, "at least 1"),
-            ("tolerance", self.tolerance, self.tolerance >= 0, "a number >= 0"),
         ):
             if not good:
                 raise InputError(complain(f"{name}={value}", expected, "The default is usual."))

@@ -6,14 +6,34 @@ In: a `ResponseProblem`, a budget or a structure. Out: a `Candidate` to start fr
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, ClassVar
 
 from ..curves import Candidate, best_candidate, candidates
 from ..decomposition import Decomposition, Structure
+from ..errors import InputError, complain
 from ..layer_budget import LayerBudget, check_form
 from ..problem import ResponseProblem
 
 Array = Any
+
+
+def check_counts(settings: Any, **lowest: int) -> None:
+    """InputError for settings that are no integers, or below what is the lowest for each."""
+    for name, least in lowest.items():
+        value = getattr(settings, name)
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise InputError(
+                complain(f"{name}={value!r}", f"an integer >= {least}", "The default is usual.")
+            )
+
+
+def check_tolerance(settings: Any) -> None:
+    """InputError for a tolerance that is no number >= 0."""
+    if not isinstance(settings.tolerance, numbers.Real) or not settings.tolerance >= 0:
+        raise InputError(
+            complain(f"tolerance={settings.tolerance!r}", "a number >= 0", "The default is usual.")
+        )
 
 
 class Solver:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from ..curves import Candidate
 from ..decomposition import Decomposition, Status, Structure
 from ..errors import BudgetError, InputError, complain
-from ..layer_budget import LayerBudget
+from ..layer_budget import LayerBudget, named_keep, round_down
 from ..penalties import ColumnSparse, low_rank_projection
 from ..problem import ResponseProblem, columns_first, metric_of
 from ..support import group_size
@@ -58,7 +58,7 @@ class _OnePart(Solver):
                 complain(
                     f"a budget of {budget.weights:.0f} weights for a layer ({n},"
                     f" {budget.channels}, {budget.taps} taps)",
-                    f"keep of at least {smallest:.3g} for {self.name}",
+                    f"keep of at least {named_keep(smallest)} for {self.name}",
                     "Raise keep, or leave the layer out.",
                 )
             )
@@ -116,7 +116,7 @@ def _most_groups(budget: LayerBudget, form: str) -> int:
             low = middle
         else:
             high = middle - 1
-    return low - low % budget.unit(form)
+    return round_down(low, budget.unit(form))
 
 
 def _columns_of(problem: ResponseProblem, structure: Structure, scores: Array) -> Array:

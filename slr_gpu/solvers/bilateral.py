@@ -23,7 +23,7 @@ import numpy
 
 from ..decomposition import Structure
 from ..metric import factor, solve_both
-from ..problem import ResponseProblem
+from ..problem import TINY, ResponseProblem
 
 Array = Any
 
@@ -31,8 +31,6 @@ Array = Any
 FIRST, LAST = 0.005, 4.0
 # Share of a residual below which the rank does not grow.
 NOTHING = 1e-10
-# Below this a divisor counts as zero, and so does the quotient.
-TINY = 1e-300
 
 
 @dataclass

@@ -25,9 +25,9 @@ from typing import Any, ClassVar
 from ..curves import Candidate
 from ..decomposition import Decomposition, Status, Structure
 from ..errors import BudgetError, InputError, complain
-from ..layer_budget import LayerBudget
-from ..problem import ResponseProblem
-from .base import Solver
+from ..layer_budget import LayerBudget, named_keep
+from ..problem import TINY, ResponseProblem
+from .base import Solver, check_counts, check_tolerance
 from .bilateral import (
     BilateralState,
     alternate,
@@ -107,6 +107,12 @@ class Grebsmo(Solver):
     takes_structures: ClassVar[bool] = False
     tunes_ridge: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        lowest = {"smoothing": 0, "iterations": 0, "rounds": 0, "rank_steps": 1, "inner": 1}
+        lowest |= {"patience": 1, "seed": 0} | ({} if self.rank is None else {"rank": 0})
+        check_counts(self, **lowest)
+        check_tolerance(self)
+
     # -- choosing the split ------------------------------------------------------------------
 
     def candidates(
@@ -139,11 +145,12 @@ class Grebsmo(Solver):
         ranks = {k - k % budget.unit("entries") for k in shares if k >= 0}
         structures = _within(budget, ranks, most, self._price)
         if not structures:
+            smallest = named_keep(self._price * budget.smallest("entries"))
             raise BudgetError(
                 complain(
                     f"a budget of {budget.weights:.0f} weights for a layer ({budget.n},"
                     f" {budget.channels}, {budget.taps} taps)",
-                    f"keep of at least {budget.smallest('entries'):.3g} (form='entries')",
+                    f"keep of at least {smallest} (form='entries')",
                     "Raise keep, or leave the layer out.",
                 )
             )
@@ -176,7 +183,7 @@ class Grebsmo(Solver):
         states = smooth(problem, structures, TRIAL, **settings)
         for structure, state in zip(structures, states, strict=True):
             refine(problem, state, self.inner)
-            errors[structure] = _linear_loss(problem, state) / max(problem.linear_energy, 1e-30)
+            errors[structure] = _linear_loss(problem, state) / max(problem.linear_energy, TINY)
         return errors
 
     # -- the linear problem ------------------------------------------------------------------
@@ -229,7 +236,7 @@ class Grebsmo(Solver):
         """
         xp, bound = problem.ops.xp, problem.activation.curvature
         M = state.M
-        gradient = state.RtX + problem.rho * (problem.W - M)
+        gradient = state.RtX + min(1.0, bound) * problem.rho * (problem.W - M)
         shift = problem.metric.weight(problem.metric.whiten(gradient))
         curvature = state.curvature
         while curvature <= 256 * bound:

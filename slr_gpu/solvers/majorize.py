@@ -4,11 +4,12 @@ In: a `ResponseProblem`, a `Structure` and (for the forms without a basis) a sup
 `Decomposition`. The masked residual R of the current iterate gives a quadratic with the fixed
 metric G that lies above the loss and touches it at M_k; its unrestricted minimiser is
 
-    T = M_k + (1/c) (Rᵀ Xc + rho (W - M_k)) G⁻¹ ,
+    T = M_k + (1/c) (Rᵀ Xc + min(1, c) rho (W - M_k)) G⁻¹ ,
 
 with c the activation's curvature bound, and the next iterate is the projection of T onto
 {A on S} + {rank k} in the metric G: with F = T L, keep F on S and replace the rest by its best
-rank-k approximation. So f(M) + (rho/P) ||M - W||^2 never increases.
+rank-k approximation. So f(M) + (rho/P) ||M - W||^2 never increases where c is a bound and no target
+is out of the activation's range; elsewhere only steps that do not increase it are taken.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..decomposition import Decomposition, Status, Structure
 from ..metric import Metric, RowMetric
 from ..penalties import low_rank_projection
 from ..problem import ResponseProblem, ordered_metric
-from .base import Solver
+from .base import Solver, check_counts, check_tolerance
 
 Array = Any
 
@@ -90,6 +91,10 @@ class Majorize(Solver):
     yields: ClassVar[bool] = True
     forms: ClassVar[tuple[str, ...]] = ("columns", "channels", "rotated", "spatial")
 
+    def __post_init__(self) -> None:
+        check_counts(self, iterations=0, patience=1)
+        check_tolerance(self)
+
     def start(
         self, problem: ResponseProblem, structure: Structure, support: Array | None = None
     ) -> MajorizeState:
@@ -116,7 +121,9 @@ class Majorize(Solver):
         """
         curvature = state.curvature
         centred = state.bias + problem.at_mean(state.M)
-        step = state.metric.step(problem, state.F, state.M, state.correlation)
+        # The pull has a curvature of its own, 1: below that it would overshoot where no data is.
+        pull = min(1.0, problem.activation.curvature)
+        step = pull * state.metric.step(problem, state.F, state.M, state.correlation / pull)
         F, new_centred = state.F + step / curvature, centred + state.R_mean / curvature
         if state.momentum is not None:
             share = state.age / (state.age + 3)
@@ -158,7 +165,7 @@ class Majorize(Solver):
             good = 0
             for old, new in pairwise(queued):
                 at_bound = old.curvature == bound and old.momentum is None
-                proven = problem.activation.exact and at_bound
+                proven = problem.proven and at_bound
                 if not (proven or new.objective <= old.objective):
                     break
                 good += 1

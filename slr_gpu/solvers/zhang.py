@@ -16,6 +16,8 @@ iterate is returned.
 
 from __future__ import annotations
 
+import math
+import numbers
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,11 +28,11 @@ from ..activations import Activation
 from ..curves import Candidate, candidates
 from ..decomposition import Decomposition, Status, Structure
 from ..errors import BudgetError, InputError, complain
-from ..layer_budget import LayerBudget
+from ..layer_budget import LayerBudget, named_keep
 from ..metric import Metric, RowMetric
 from ..ops import NumpyOps
 from ..problem import ResponseProblem, ordered_metric
-from .base import Solver
+from .base import Solver, check_tolerance
 from .majorize import MajorizeState, assemble, closed_form
 
 Array = Any
@@ -80,14 +82,18 @@ class Zhang(Solver):
     takes_structures: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if len(self.penalties) != len(self.iterations) or not all(p > 0 for p in self.penalties):
+        good = all(0 < p < math.inf for p in self.penalties) and all(
+            isinstance(count, numbers.Integral) and count >= 0 for count in self.iterations
+        )
+        if len(self.penalties) != len(self.iterations) or not good:
             raise InputError(
                 complain(
                     f"penalties={self.penalties}, iterations={self.iterations}",
-                    "as many numbers of iterations as penalties > 0",
+                    "as many numbers of iterations as finite penalties > 0",
                     "penalties=(0.01, 1.0), iterations=(25, 25) is the paper's.",
                 )
             )
+        check_tolerance(self)
 
     def candidates(
         self, problem: ResponseProblem, budget: LayerBudget, form: str
@@ -99,7 +105,7 @@ class Zhang(Solver):
             raise BudgetError(
                 complain(
                     f"a budget of {budget.weights:.0f} weights for low rank alone",
-                    f"keep of at least {(n + m) / (n * m):.3g}",
+                    f"keep of at least {named_keep((n + m) / (n * m))}",
                     "Raise keep, or leave the layer out.",
                 )
             )
