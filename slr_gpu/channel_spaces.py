@@ -193,28 +193,40 @@ class Spaces:
     def _function(self, node: fx.Node) -> Layout | None:
         name = getattr(node.target, "__name__", str(node.target)).strip("_")
         inputs = [self._layouts.get(source) for source in node.all_input_nodes]
-        arguments = (*node.args[1:], *node.kwargs.values())
-        if name in ("cat", "concat") and all(inputs) and arguments:
-            parts = [self._layouts[part] for part in node.args[0]]
-            return _concatenated(parts, arguments[0])
+        if name in ("cat", "concat") and all(inputs):
+            given = _given(node, "tensors", "dim")
+            if not isinstance(given.get("tensors"), (tuple, list)):
+                return None
+            parts = [self._layouts[part] for part in given["tensors"]]
+            return _concatenated(parts, given.get("dim", 0))
         if name in _JOINING and len(inputs) == 2 and all(inputs):
             return _joined(*inputs)
-        x = self._layouts.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        source = _given(node, "input").get("input")
+        x = self._layouts.get(source) if isinstance(source, fx.Node) else None
         if name in ("view", "reshape") and x is not None:
+            shape = node.args[1:]
+            shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
             # (N, -1), where N may be another node.
-            return x.flattened(1, -1) if len(arguments) == 2 and arguments[1] == -1 else None
+            return x.flattened(1, -1) if len(shape) == 2 and shape[1] == -1 else None
         if x is None or len(inputs) > 1:
             return None
         if name == "flatten":
-            return x.flattened(*arguments, *(0, -1)[len(arguments) :])
-        if name == "mean" and arguments:
-            return x.averaged(*arguments)
+            given = _given(node, "input", "start_dim", "end_dim")
+            return x.flattened(given.get("start_dim", 0), given.get("end_dim", -1))
+        if name == "mean":
+            given = _given(node, "input", "dim", "keepdim")
+            return x.averaged(given.get("dim"), given.get("keepdim", False))
         return x if name in _JOINING or _passes(name, x.dims) else None
 
     def _own(self, module: nn.Module) -> bool:
         """Whether the module is called once and its weights are nobody else's."""
         alone = all(self._owners[id(p)] == 1 for p in module.parameters())
         return self._calls[id(module)] == 1 and alone
+
+
+def _given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """Arguments of a call by name; these are the names of the first ones."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _joined(a: Layout, b: Layout) -> Layout | None:

@@ -129,6 +129,12 @@ class Functional(nn.Module):
         return self.reader(F.max_pool2d(F.relu(self.maker(x)).relu(), 2).contiguous())
 
 
+class ByKeyword(Functional):
+    def forward(self, x):
+        y = F.relu(input=torch.cat(dim=1, tensors=[self.maker(input=x)]))
+        return self.reader(F.max_pool2d(kernel_size=2, input=y))
+
+
 class ReadTwice(Functional):
     def forward(self, x):
         y = F.relu(self.maker(x))
@@ -216,6 +222,7 @@ class Untraceable(Functional):
     "Model,folded",
     [
         (Functional, True),
+        (ByKeyword, True),
         (TwoReaders, True),
         (Sum, True),
         (Gate, True),
@@ -302,12 +309,16 @@ class Flattened(nn.Module):
             y = torch.flatten(y, 1)
         elif self.how == "method":
             y = y.flatten(start_dim=1)
+        elif self.how == "keywords":
+            y = torch.flatten(end_dim=-1, start_dim=1, input=y)
+        elif self.how == "list":
+            y = torch.reshape(y, [y.shape[0], -1])
         else:
             y = y.view(y.size(0), -1) if self.how == "size" else y.reshape(y.shape[0], -1)
         return self.reader(y)
 
 
-@pytest.mark.parametrize("how", ["mean", "flatten", "method", "size", "shape"])
+@pytest.mark.parametrize("how", ["mean", "flatten", "method", "keywords", "list", "size", "shape"])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_channels_of_a_flattened_map(how, rank):
     model = Flattened(how, rank).eval()
@@ -317,6 +328,22 @@ def test_channels_of_a_flattened_map(how, rank):
     assert deployed.maker.out_channels == read
     if how == "mean":
         assert gathers(model) and not gathers(deployed)
+
+
+def test_flattening_the_batch_and_the_channels():
+    """What is read then are columns of the map, as many as make blocks of the channels."""
+    torch.manual_seed(0)
+    reader = decomposed(np.random.default_rng(3), nn.Linear(16, 5), "columns", 3, 0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maker, self.reader = nn.Conv2d(2, 8, 3), reader
+
+        def forward(self, x):
+            return self.reader(F.relu(self.maker(x)).flatten(end_dim=1))
+
+    assert_same(Model().eval(), torch.randn(3, 2, 18, 18))
 
 
 @pytest.mark.parametrize("seed", range(30))
