@@ -206,13 +206,13 @@ class Ranks(Group):
         import torch
 
         host = isinstance(flat, numpy.ndarray)
-        tensor = torch.from_numpy(flat) if host else torch.as_tensor(flat, device="cuda")
+        tensor = torch.from_numpy(flat) if host else torch.from_dlpack(flat)
         with self._reaching():
             if not host:
-                torch.cuda.synchronize()  # CuPy's streams are not torch's
+                torch.cuda.synchronize(tensor.device)  # CuPy's streams are not torch's
             self._dist.all_reduce(tensor, group=self._group)
             if not host:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(tensor.device)
         return flat  # the tensor's memory
 
     def place(self, device: Any) -> Any:

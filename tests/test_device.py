@@ -247,11 +247,14 @@ def test_free_memory_by_nvml_and_by_the_runtime(monkeypatch):
             pass
 
     cupy.cuda.Device = Device
-    cupy.cuda.runtime = SimpleNamespace(memGetInfo=lambda: (300, 1000))
+    free = 900
+    cupy.cuda.runtime = SimpleNamespace(memGetInfo=lambda: (free, 1000))
     cupy.get_default_memory_pool = lambda: SimpleNamespace(free_bytes=lambda: 11)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert DeviceMemory(cupy, 3).free() == 711
     assert asked == ["0000:3", "shutdown"]
+    free = 300  # of one instance of a device that is divided (MIG)
+    assert DeviceMemory(cupy, 3).free() == 311
 
     def fails():
         raise NVMLError

@@ -111,6 +111,9 @@ class DeviceMemory(HostMemory):
         return self._free_on_device() + self._unused_in_pool()
 
     def _free_on_device(self) -> int:
+        """By NVML, and by the runtime: the former tells of a whole device, the latter of its part."""
+        with self._cupy.cuda.Device(self._index):
+            free = int(self._cupy.cuda.runtime.memGetInfo()[0])
         try:
             import pynvml
 
@@ -118,13 +121,11 @@ class DeviceMemory(HostMemory):
             try:
                 bus = self._cupy.cuda.Device(self._index).pci_bus_id
                 handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus)
-                return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+                return min(free, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free))
             finally:
                 pynvml.nvmlShutdown()
         except (ImportError, pynvml_error()):
-            # Without the extra, or where NVML does not tell (MIG, WSL), the runtime does.
-            with self._cupy.cuda.Device(self._index):
-                return int(self._cupy.cuda.runtime.memGetInfo()[0])
+            return free  # without the extra, or where NVML does not tell (WSL)
 
     def _unused_in_pool(self) -> int:
         torch = sys.modules.get("torch")
