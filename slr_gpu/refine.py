@@ -92,6 +92,7 @@ class Refinement:
             ("features", 0),
             ("uses", 1),
             ("batch_size", 1),
+            ("seed", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < lowest:
@@ -100,10 +101,12 @@ class Refinement:
                 )
         for name, usual in (("rate", "1.5e-3"), ("temperature", "3")):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not value > 0:
+            if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
                 raise InputError(
                     complain(
-                        f"{name}={value!r} of the refinement", "a number > 0", f"{usual} is usual."
+                        f"{name}={value!r} of the refinement",
+                        "a finite number > 0",
+                        f"{usual} is usual.",
                     )
                 )
 

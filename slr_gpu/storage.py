@@ -37,6 +37,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_folder(folder: str | Path) -> None:
+    """Make a folder, and InputError where files cannot be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            complain(f"{folder}: {error}", "a folder to write to", "Choose another one.")
+        ) from error
+
+
 def save_arrays(
     path: str | Path, arrays: dict[str, np.ndarray], *, kind: str, metadata: dict[str, str]
 ) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import slr_gpu
 from slr_gpu.cli import app
+from slr_gpu.equivalence import relative_error
 from slr_gpu.errors import BackendError, InputError, ModelError
 from slr_gpu.runtime.model_files import ONNX, TORCH, InputSpec, open_source
 from slr_gpu.runtime.model_inputs import common_inputs, make_inputs
@@ -25,7 +26,6 @@ from slr_gpu.runtime.sessions import (
     PyTorchCompiled,
     PyTorchEager,
     Session,
-    relative_error,
 )
 from slr_gpu.runtime.timing import (
     BLOCK_S,
@@ -205,6 +205,9 @@ def test_relative_error():
     assert relative_error([a], [a.copy()]) == 0
     assert relative_error([np.array([1.0, 2.2])], [np.array([1.0, 2.0])]) == pytest.approx(0.1)
     assert relative_error([np.array([1.0, np.nan])], [np.array([1.0, 2.0])]) == np.inf
+    assert relative_error([np.array([np.inf, 1.0])], [np.array([-np.inf, 1.0])]) == np.inf
+    exact, near = torch.ones(3, requires_grad=True), torch.full((3,), 1.1, dtype=torch.bfloat16)
+    assert relative_error([near], [exact]) == pytest.approx(0.1, rel=0.02)
     assert relative_error([a], [a, a]) == relative_error([a], [a[:2]]) == np.inf
 
 
@@ -408,6 +411,32 @@ def test_sizes_are_filled_in_from_the_model_that_fixes_them(tmp_path):
         wrong = open_source(write_onnx(tmp_path / "wrong.onnx", 1, **other))
         with pytest.raises(InputError, match="same inputs"):
             common_inputs([fixed, wrong])
+
+
+def test_a_size_below_one_is_free(tmp_path):
+    """As some exporters write it."""
+    source = open_source(write_onnx(tmp_path / "free.onnx", 1, shape=(-1,)))
+    assert source.inputs[0].shape == (None, WIDTH)
+    done = slr_gpu.bench({"free": source.path}, batch=2, time_limit_s=0.1, progress=False)
+    assert done.inputs[0]["shape"] == [2, WIDTH] and len(done.latencies) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_timed(files, monkeypatch):
+    monkeypatch.setattr("slr_gpu.runtime.measure.open_sessions", None)
+    for folder in (files["dense"], files["dense"] / "below"):
+        with pytest.raises(InputError, match="expected a folder to write to"):
+            slr_gpu.bench(files, out=folder, progress=False)
+
+
+def test_what_is_measured_outlives_a_profiler_that_fails(files, monkeypatch):
+    def profile(session, inputs, calls=10):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(RUNTIMES["onnxruntime"], "profile", profile)
+    done = slr_gpu.bench(files, time_limit_s=0.1, precision=0.5, progress=False)
+    assert "no times of dense's nodes in onnxruntime: RuntimeError: no space left" in text(done)
+    assert {bool(row.layers) for row in done.latencies if row.runtime == "openvino"} == {True}
+    assert done.headlines
 
 
 def test_external_weights_must_be_there(tmp_path):

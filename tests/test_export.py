@@ -367,6 +367,15 @@ def test_models_above_the_limit_of_a_file(tmp_path, monkeypatch):
     export_model(nn.Linear(8, 8), tmp_path / "m.pt2", x)
 
 
+def test_shared_weights_count_once_for_the_limit(tmp_path, monkeypatch):
+    need_onnx()
+    layer = nn.Linear(64, 64)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    monkeypatch.setattr(export_module, "PROTOBUF_LIMIT", 28_000)
+    export_model(model, tmp_path / "m.onnx", torch.randn(3, 64))
+    assert 16_640 < (tmp_path / "m.onnx").stat().st_size < 28_000
+
+
 # -- the command line ----------------------------------------------------------------------------
 
 MODEL = """

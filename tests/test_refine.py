@@ -333,6 +333,8 @@ def test_outputs_compared_by_hand():
         ({"rate": 0}, "rate"),
         ({"batch_size": 1.5}, "batch_size"),
         ({"uses": 0}, "uses"),
+        ({"seed": -1}, "seed"),
+        ({"temperature": float("inf")}, "finite"),
     ],
 )
 def test_bad_settings(settings, match):

@@ -20,6 +20,7 @@ import torch
 
 from ..errors import BackendError, InputError, ModelError, complain
 from ..progress import progress_bar
+from ..storage import check_folder
 from .model_files import ModelSource, open_source
 from .model_inputs import common_inputs, make_inputs
 from .opening import Key, Runner, Sources, choose_runtimes, open_sessions
@@ -93,6 +94,8 @@ def bench(
     chosen, skipped = choose_runtimes(runtimes, sources)
     specs = common_inputs([item for formats in sources.values() for item in formats.values()])
     arrays = make_inputs(specs, inputs, shapes=shapes, batch=batch, seed=seed)
+    if out is not None:
+        check_folder(out)
     environment = _environment(threads)
     baseline = next(iter(sources))
     accuracy = {}
@@ -128,7 +131,7 @@ def bench(
                 seed=seed,
                 advance=advance,
             )
-        layers = _profile(sources, list(sessions), arrays, threads, progress=progress)
+        layers, notes = _profile(sources, list(sessions), arrays, threads, progress=progress)
     result = BenchResult(
         baseline,
         _rows(timings, ratios, agreement, layers, seed),
@@ -152,7 +155,8 @@ def bench(
             "data": "random" if inputs is None else "given",
             "seed": seed,
         },
-        seconds=timings.wall_s,
+        notes,
+        timings.wall_s,
     )
     if out is not None:
         _write(result, Path(out))
@@ -246,17 +250,20 @@ def _evaluate(eval_fn: Callable[[Any], float], runner: Runner, model: str) -> fl
 
 def _profile(
     sources: Sources, keys: list[Key], arrays: Arrays, threads: int, *, progress: bool
-) -> dict[Key, list[LayerTime]]:
-    """Time of the nodes, in sessions apart: profiling costs time."""
+) -> tuple[dict[Key, list[LayerTime]], list[str]]:
+    """Time of the nodes, in sessions apart: profiling costs time. And what could not be profiled."""
     keys = [key for key in keys if RUNTIMES[key[1]].profiles]
-    layers = {}
+    layers, notes = {}, []
     with progress_bar("profiling", len(keys), show=progress) as advance:
         for model, name in keys:
             runtime = RUNTIMES[name]
-            session = runtime(sources[model][runtime.format], arrays, threads, profiling=True)
-            layers[model, name] = session.profile(arrays)
+            try:
+                session = runtime(sources[model][runtime.format], arrays, threads, profiling=True)
+                layers[model, name] = session.profile(arrays)
+            except Exception as error:  # noqa: BLE001  (what is measured is not lost by it)
+                notes.append(f"no times of {model}'s nodes in {name}: {one_line(error)}")
             advance()
-    return layers
+    return layers, notes
 
 
 def _rows(

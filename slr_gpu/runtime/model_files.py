@@ -136,7 +136,8 @@ def _from_onnx(path: Path) -> ModelSource:
         shape = None
         if tensor.HasField("shape"):
             shape = tuple(
-                d.dim_value if d.HasField("dim_value") else d.dim_param or None
+                # Some exporters write 0 or -1 for a free size.
+                d.dim_value if d.dim_value > 0 else d.dim_param or None
                 for d in tensor.shape.dim
             )
         inputs.append(InputSpec(value.name, shape, dtype))

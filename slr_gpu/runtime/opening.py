@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..equivalence import relative_error
 from ..errors import BackendError, InputError, complain
 from .model_files import InputSpec, ModelSource
 from .result import Skipped
-from .sessions import RUNTIMES, Arrays, Session, one_line, relative_error
+from .sessions import RUNTIMES, Arrays, Session, one_line
 
 # Float32 sums in another order stay far below it, bfloat16 does not.
 TOLERANCE = 1e-3

@@ -243,25 +243,6 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def relative_error(outputs: list[np.ndarray], reference: list[np.ndarray]) -> float:
-    """Largest ``max|a - b| / max|b|`` over the outputs; infinite when their shapes differ.
-
-    The same infinity or NaN in the same place counts as equal.
-    """
-    if [a.shape for a in outputs] != [b.shape for b in reference]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(outputs, reference, strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
-        if not differ.any():
-            continue
-        difference = np.abs(a[differ] - b[differ]).max()
-        error = difference / max(np.abs(b[np.isfinite(b)]).max(initial=0.0), 1e-30)
-        worst = max(worst, float(error) if np.isfinite(error) else float("inf"))
-    return worst
-
-
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(error).split())
