@@ -43,6 +43,7 @@ RUNTIMES = ("onnxruntime", "openvino")
 SIZES = (32, 224)
 OURS = "slr_gpu"
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)  # points of accuracy, in the picture
+SPEEDUPS = (1, 2, 5, 10, 20, 50)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split("\n\n")[0])
 
@@ -256,6 +257,8 @@ def _plot(
             axis.plot(gains, drops, "o-", label=label)
         axis.set_title(f"{pixels}x{pixels}, {runtime}, {threads} thread(s)", fontsize=9)
         axis.set_xlabel("speed-up over dense")
+        axis.set_xscale("log")
+        axis.set_xticks(SPEEDUPS, map(str, SPEEDUPS))
         axis.set_yscale("log")
         axis.set_yticks(TICKS, map(str, TICKS))
         axis.minorticks_off()
