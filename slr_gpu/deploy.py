@@ -3,7 +3,9 @@
 In: a compressed model, one example and the runtime that will execute it. Out: for every decomposed
 layer the graph to export (`slr_gpu.fold.graphs_of`). All graphs of a layer compute the same function,
 so the choice costs no accuracy; one of them is the layer multiplied out, which takes as long as the
-original did. Each is timed by itself at the shape of the layer's real input with a batch of one.
+original did. Each is timed at the shape of the layer's real input with a batch of one; convolutions
+between two of 1x1 and few channels: what stands in a model gets its input in the runtime's own memory
+layout and has to leave its output in it, which costs a gather of channels more than the layer may save.
 """
 
 from __future__ import annotations
@@ -14,19 +16,24 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from .equivalence import as_arguments, resize
 from .export import flush_denormals
 from .fold import DENSE, decomposed_layers, deployable, for_deployment, graphs_of
 from .frontier import first_input
 from .graph import hooks
+from .layer_budget import BLOCK
+from .layers import SLRLinear
+from .pieces import CONVS
 from .progress import progress_bar
 from .runtime.layer_timing import Case, check_runtime, time_layers
 from .runtime.timing import bootstrap
 
 # The graph of first choice stays unless another one is faster by more.
 MARGIN = 1.02
+# At the ends of what is timed: a block of runtimes' layouts, and little work.
+END_CHANNELS = BLOCK
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class LayerGraph:
 
     @property
     def speedup(self) -> float:
-        """Over the dense layer, layout changes at both ends included."""
+        """Over the dense layer, the small convolutions around both included."""
         return self.seconds[DENSE] / self.seconds[self.graph]
 
     def __str__(self) -> str:
@@ -107,10 +114,10 @@ def choose_graphs(
         graphs = {name: graphs_of(layer)[number:] for name, layer in layers.items()}
         graphs = {name: left[0] for name, left in graphs.items() if left}
         deployed = flush_denormals(for_deployment(model, graphs))
-        shapes = _input_shapes(deployed, example, list(graphs))
+        shapes = _shapes(deployed, example, list(graphs))
         for name, graph in graphs.items():
             if name in shapes:
-                cases[name, graph] = deployed.get_submodule(name), shapes[name]
+                cases[name, graph] = _within(deployed.get_submodule(name), *shapes[name])
     if not cases:
         return []
     # Layers alike in everything but their weights are timed once.
@@ -153,19 +160,40 @@ def _fastest(seconds: dict[str, Any], seed: int) -> str:
     return max(sure, key=lambda graph: sure[graph], default=first)
 
 
-def _input_shapes(
+class Within(nn.Module):
+    """A layer as it stands in a model, between others."""
+
+    def __init__(self, before: nn.Module, layer: nn.Module, after: nn.Module) -> None:
+        super().__init__()
+        self.before, self.layer, self.after = before, layer, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.layer(self.before(x)))
+
+
+def _within(layer: nn.Module, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Case:
+    """What is timed for a layer of these shapes; linear layers by themselves."""
+    if isinstance(layer, (nn.Linear, SLRLinear)):
+        return layer, inputs
+    conv = CONVS[len(inputs) - 2]
+    ends = conv(END_CHANNELS, inputs[1], 1), conv(outputs[1], END_CHANNELS, 1)
+    return Within(ends[0], layer, ends[1]).eval(), (inputs[0], END_CHANNELS, *inputs[2:])
+
+
+def _shapes(
     model: nn.Module, example: tuple[Any, ...], names: Sequence[str]
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the inputs of modules in one call."""
-    shapes: dict[str, tuple[int, ...]] = {}
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes of the inputs and outputs of modules in one call."""
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     with hooks() as handles, torch.no_grad():
         for name in names:
 
-            def note(module, args, kwargs, name=name):
-                shapes.setdefault(name, tuple(first_input(args, kwargs).shape))
+            def note(module, args, kwargs, output, name=name):
+                found = tuple(first_input(args, kwargs).shape), tuple(output.shape)
+                shapes.setdefault(name, found)
 
             layer = model.get_submodule(name)
-            handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+            handles.append(layer.register_forward_hook(note, with_kwargs=True))
         model(*example)
     return shapes
 

@@ -15,7 +15,7 @@ from torch import nn
 import slr_gpu
 from slr_gpu import deploy
 from slr_gpu.adapters import adapter_for
-from slr_gpu.deploy import _input_shapes, choose_graphs
+from slr_gpu.deploy import END_CHANNELS, _shapes, choose_graphs
 from slr_gpu.export import modules_to_onnx
 from slr_gpu.fold import DENSE, decomposed_layers, for_deployment, graphs_of, multiplied_out
 from slr_gpu.layers import SLRLinear
@@ -137,7 +137,7 @@ def invented(speeds, noise=0.0, seen=None):
         for key, (module, shape) in cases.items():
             if seen is not None:
                 seen.append((key, shape))
-            base = speeds(module)
+            base = speeds(getattr(module, "layer", module))
             seconds[key] = base * (1 + noise * rng.standard_normal(21))
         return Timings(seconds, dict.fromkeys(cases, 1), True, 1.0)
 
@@ -181,7 +181,25 @@ def test_layers_alike_are_timed_once_and_at_their_own_shapes(monkeypatch):
     found = chosen(model, monkeypatch, lambda m: 1.0, seen=seen)
     assert [layer.name for layer in found] == ["1", "2", "4"]
     shapes = sorted(shape for _, shape in seen)
-    assert shapes == 3 * [(1, 8, 4, 4)] + 3 * [(1, 8, 8, 8)]
+    assert shapes == 3 * [(1, END_CHANNELS, 4, 4)] + 3 * [(1, END_CHANNELS, 8, 8)]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_are_timed_between_others(dims, monkeypatch):
+    """As they stand in a model: what they read and leave is in the runtime's layout."""
+    model = decomposed(CONVS[dims](8, 5, 3, stride=2), "channels", 3, 2).eval()
+    seen = []
+
+    def time(cases, ratios, **settings):
+        seen.extend(cases.values())
+        return invented(lambda m: 1.0)(cases, ratios)
+
+    monkeypatch.setattr(deploy, "time_layers", time)
+    choose_graphs(nn.Sequential(model), torch.randn(3, 8, *(9,) * dims), progress=False)
+    assert len(seen) == 2
+    for module, shape in seen:
+        assert module(torch.randn(shape)).shape == (1, END_CHANNELS, *(4,) * dims)
+        assert module.layer(torch.randn(1, 8, *(9,) * dims)).shape == (1, 5, *(4,) * dims)
 
 
 def test_a_model_without_decomposed_layers_needs_no_choice():
@@ -278,7 +296,8 @@ def test_layers_that_are_called_by_name_are_seen():
             return self.b(input=self.a(input=x).mean((2, 3)))
 
     model, x = ByName().eval(), torch.randn(1, 2, 5, 5)
-    assert _input_shapes(model, (x,), ["a", "b"]) == {"a": (1, 2, 5, 5), "b": (1, 6)}
+    a, b = _shapes(model, (x,), ["a", "b"]).values()
+    assert a == ((1, 2, 5, 5), (1, 6, 3, 3)) and b == ((1, 6), (1, 4))
     with torch.no_grad():
         output, read = answer_of(model, (x,), ["b"])
     assert torch.equal(model.b(read[0]), output)
