@@ -195,7 +195,8 @@ def test_convolutions_are_timed_between_others(dims, monkeypatch):
         return invented(lambda m: 1.0)(cases, ratios)
 
     monkeypatch.setattr(deploy, "time_layers", time)
-    choose_graphs(nn.Sequential(model), torch.randn(3, 8, *(9,) * dims), progress=False)
+    inputs = torch.randn(3, 8, *(9,) * dims)
+    choose_graphs(nn.Sequential(model), inputs, runtime="pytorch", progress=False)
     assert len(seen) == 2
     for module, shape in seen:
         assert module(torch.randn(shape)).shape == (1, END_CHANNELS, *(4,) * dims)
