@@ -5,8 +5,8 @@ module and round, interleaved as whole models are (`slr_gpu.runtime.timing`). Al
 torch's exporter together, which takes about as long for fifty as for one, and are cut apart again.
 
 A layer alone pays for bringing its input into the runtime's own memory layout and its output back,
-which inside a model it does not: differences between modules of one input and output shape are
-right, ratios are too near to one.
+which inside a model it does not: of modules of one input and output shape that compute in one layout
+differences are right, ratios too near to one. `slr_gpu.deploy` times convolutions between others.
 """
 
 from __future__ import annotations
